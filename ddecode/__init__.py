@@ -1,0 +1,7 @@
+"""Distil an image auto-regressive model into one or two steps."""
+
+from ddecode.checkpoint import load_teacher
+from ddecode.pipeline import DistilledPipeline
+
+__all__ = ["DistilledPipeline", "load_teacher"]
+__version__ = "0.1.0"

@@ -1,0 +1,215 @@
+"""Our directory format, the bundled models and the hub: from a model's name to its parts.
+
+A model is a folder with `config.json` (family, sizes, recipe, starts) and `model.safetensors`, whose keys carry the
+prefixes `tokenizer.`, `teacher.` and `student.`; teacher or student may be absent.
+"""
+
+import hashlib
+import importlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ddecode.config import as_dict, build
+from ddecode.student import Student
+from ddecode.teacher import Recipe, Teacher
+from ddecode.types import Tokenizer
+
+FAMILIES = {"llamagen": "third_party_loaders.llamagen"}
+"""By family, the module that builds its tokenizers, teachers and students."""
+FORMAT = 1
+PARTS = ("tokenizer", "teacher", "student")
+
+
+def family_module(family: str) -> ModuleType:
+    """Import a family's loader.
+
+    Raises:
+        ValueError: an unknown family.
+    """
+    if family not in FAMILIES:
+        raise ValueError(f"unknown model family {family!r}; known are {', '.join(FAMILIES)}")
+    return importlib.import_module(FAMILIES[family])
+
+
+def zoo_folder() -> Path:
+    """Where the bundled models lie: package data."""
+    return Path(str(resources.files("ddecode"))) / "zoo"
+
+
+def bundled_models() -> tuple[str, ...]:
+    return tuple(sorted(path.parent.name for path in zoo_folder().glob("*/config.json")))
+
+
+def find_model(model: str | Path) -> Path:
+    """The folder of a bundled name, a local directory or a hub id (`owner/name`), in this order.
+
+    Raises:
+        ValueError: it is none of these, or the hub has no such model.
+    """
+    if str(model) in bundled_models():
+        return zoo_folder() / str(model)
+    path = Path(model)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ValueError(f"{path} is no model folder: it has no config.json")
+        return path
+    if path.exists():
+        raise ValueError(f"{path} is a file; a model is a folder with config.json and model.safetensors")
+    if str(model).count("/") != 1 or str(model).startswith((".", "/")):
+        raise ValueError(f"unknown model {str(model)!r}: bundled are {', '.join(bundled_models())}; or give a folder")
+    return download(str(model))
+
+
+def download(hub_id: str) -> Path:
+    """Fetch a model from the hub, or find it in the hub's cache."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        folder = snapshot_download(hub_id, allow_patterns=["config.json", "model.safetensors"])
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"no local folder {hub_id!r}, and the hub does not give it: {reason}") from None
+    return Path(folder)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelFolder:
+    """A model on disk; its parts are read when asked for."""
+
+    path: Path
+    config: Mapping[str, Any]
+
+    @classmethod
+    def open(cls, model: str | Path) -> "ModelFolder":
+        """Find a model and read its config.
+
+        Raises:
+            ValueError: it does not exist, or its config is damaged or of another format.
+        """
+        path = find_model(model)
+        try:
+            config = json.loads((path / "config.json").read_text())
+        except (json.JSONDecodeError, UnicodeDecodeError):
+            raise ValueError(f"{path / 'config.json'} is damaged: it is no JSON") from None
+        if not isinstance(config, dict) or config.get("format") != FORMAT:
+            raise ValueError(f"{path / 'config.json'} is no ddecode model of format {FORMAT}")
+        if missing := [key for key in ("family", "tokenizer") if key not in config]:
+            raise ValueError(f"{path / 'config.json'} lacks {', '.join(missing)}")
+        return cls(path=path, config=config)
+
+    @property
+    def weights(self) -> Path:
+        return self.path / "model.safetensors"
+
+    @property
+    def family(self) -> ModuleType:
+        return family_module(self.config["family"])
+
+    def has(self, part: str) -> bool:
+        return part in self.config
+
+    def require(self, part: str) -> Mapping[str, Any]:
+        if part not in self.config:
+            raise ValueError(f"{self.path.name} has no {part}")
+        return self.config[part]
+
+    def state(self, part: str) -> dict[str, Tensor]:
+        """One part's tensors, as stored.
+
+        Raises:
+            ValueError: the weights are missing or damaged.
+        """
+        if not self.weights.is_file():
+            raise ValueError(f"{self.path} has no model.safetensors")
+        prefix = f"{part}."
+        try:
+            with safe_open(self.weights, "pt") as file:
+                return {
+                    key.removeprefix(prefix): file.get_tensor(key)
+                    for key in sorted(file.keys())
+                    if key.startswith(prefix)
+                }
+        except SafetensorError as error:
+            raise ValueError(f"{self.weights} is damaged: {error}") from None
+
+    def tokenizer(self) -> Tokenizer:
+        sizes = build(self.family.TokenizerConfig, self.require("tokenizer"), "tokenizer")
+        return self.family.build_tokenizer(sizes, self.state("tokenizer"))
+
+    def backbone_sizes(self, part: str) -> Any:
+        """The family's config of one part's backbone."""
+        return build(self.family.BackboneConfig, self.require(part).get("backbone"), f"{part}.backbone")
+
+    def teacher(self, tokenizer: Tokenizer | None = None) -> Teacher:
+        """The teacher, in evaluation mode, fp32, on the CPU."""
+        group = self.require("teacher")
+        recipe = build(Recipe, group.get("recipe", {}), "teacher.recipe")
+        sizes = self.backbone_sizes("teacher")
+        return self.family.build_teacher(sizes, tokenizer or self.tokenizer(), self.state("teacher"), recipe)
+
+    def student(self, tokenizer: Tokenizer | None = None) -> Student:
+        """The student, in evaluation mode, fp32, on the CPU."""
+        group = self.require("student")
+        return self.family.build_student(
+            self.backbone_sizes("student"),
+            tokenizer or self.tokenizer(),
+            self.state("student"),
+            starts=build(tuple[int, ...], group.get("starts"), "student.starts"),
+            split=build(int, group.get("split"), "student.split"),
+        )
+
+    def teacher_hash(self) -> str:
+        """Tells teachers apart: SHA-256 over the fp32 weights of tokenizer and teacher, 16 hex digits."""
+        digest = hashlib.sha256()
+        for part in ("tokenizer", "teacher"):
+            for name, tensor in sorted(self.state(part).items()):
+                digest.update(f"{part}.{name}".encode())
+                plain = tensor.float() if tensor.is_floating_point() else tensor
+                digest.update(plain.contiguous().numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+
+def load_teacher(model: str | Path) -> Teacher:
+    """The teacher of a bundled name, a directory or a hub id; see `find_model`."""
+    return ModelFolder.open(model).teacher()
+
+
+def save_model(
+    folder: Path,
+    config: Mapping[str, Any],
+    parts: Mapping[str, nn.Module],
+    *,
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    """Write a model folder; weights first, aside, so that a folder with a config is whole.
+
+    Args:
+        folder: made if missing.
+        config: the content of `config.json` without its format.
+        parts: modules by the names in `PARTS`; the teacher's is its backbone.
+        dtype: of floating weights on disk.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {
+        f"{part}.{name}": (tensor.to(dtype) if tensor.is_floating_point() else tensor).detach().cpu().contiguous()
+        for part, module in parts.items()
+        for name, tensor in module.state_dict().items()
+    }
+    aside = folder / "model.safetensors.new"
+    save_file(tensors, aside)
+    aside.rename(folder / "model.safetensors")
+    plain = json.dumps({"format": FORMAT, **config}, indent=2, default=as_dict) + "\n"
+    aside = folder / "config.json.new"
+    aside.write_text(plain)
+    aside.rename(folder / "config.json")

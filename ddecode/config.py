@@ -1,0 +1,259 @@
+"""Typed configuration: frozen dataclasses read from YAML, unknown or misshapen keys refused."""
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+
+from ddecode.teacher import Recipe
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """One training run, of a teacher or a student."""
+
+    steps: int
+    batch: int
+    """Samples of one optimiser step, over all processes."""
+    lr: float
+    warmup_steps: int = 100
+    final_lr: float = 0.0
+    """Where the cosine of the learning rate ends."""
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.95)
+    clip_norm: float = 1.0
+    ema_decay: float = 0.999
+    """Upper bound; the decay at step i is min(ema_decay, (1 + i) / (10 + i))."""
+    precision: Literal["no", "bf16"] = "no"
+    """bf16 is autocast; weights, EMA and optimiser stay fp32."""
+    seed: int = 0
+    log_every: int = 50
+    save_every: int = 500
+    preview_every: int = 0
+    """Steps between sample grids; 0 is none."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch", "log_every", "save_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"training.{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("warmup_steps", "preview_every", "final_lr", "weight_decay"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"training.{name} must be at least 0, got {getattr(self, name)}")
+        if not self.lr > 0:
+            raise ValueError(f"training.lr must be above 0, got {self.lr}")
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"training.ema_decay must lie in [0, 1), got {self.ema_decay}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairsConfig:
+    """Noise-token pairs made by walking the teacher."""
+
+    num: int
+    recipe: Recipe | None = None
+    """None takes the teacher's own."""
+    num_steps: int = 16
+    """Evaluations of the noise-to-token map at each position."""
+    seed: int = 0
+    batch: int = 256
+    shard_size: int = 4096
+    precision: Literal["no", "bf16"] = "no"
+
+    def __post_init__(self) -> None:
+        for name in ("num", "num_steps", "batch", "shard_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"pairs.{name} must be at least 1, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudentConfig:
+    """A student around its teacher's backbone."""
+
+    starts: tuple[int, ...] = (0,)
+    """Numbers of resolved tokens that it is trained to continue from; the first is 0."""
+    split: int | None = None
+    """Positions before it are emitted as argmax tokens, the rest as continuous vectors; None: all are tokens."""
+    depth: int | None = None
+    """Layers kept of the teacher, evenly spaced; None keeps all."""
+
+    def __post_init__(self) -> None:
+        if not self.starts or self.starts[0] != 0 or list(self.starts) != sorted(set(self.starts)):
+            raise ValueError(f"student.starts must begin with 0 and rise, got {list(self.starts)}")
+        if self.depth is not None and self.depth < 1:
+            raise ValueError(f"student.depth must be at least 1, got {self.depth}")
+        if self.split is not None and self.split < 0:
+            raise ValueError(f"student.split must be at least 0, got {self.split}")
+
+
+Weight = float | dict[float, float]
+"""A number, or by the share of the run done the number that holds from there on: {0.5: 1.0} is 0 in the first half."""
+
+
+def weight_at(weight: Weight, progress: float) -> float:
+    """The number that holds after a share `progress` of the run."""
+    if not isinstance(weight, dict):
+        return weight
+    begun = [share for share in weight if share <= progress]
+    return weight[max(begun)] if begun else 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class RegressionConfig:
+    """DD1's objective; a weight of 0 leaves its term out."""
+
+    logits: Weight = 1.0
+    """Cross-entropy of the logit head against the pair's tokens."""
+    embeddings: Weight = 0.0
+    """Squared error of the continuous head against the tokens' codes; it pulls towards the mean, so it is a warm-up."""
+    perceptual: Weight = 0.0
+    """Perceptual distance of the decoded output to the decoded tokens."""
+    energy: Weight = 0.0
+    """Energy distance between the features of a batch of outputs and of the teacher's."""
+    own_prefix: Weight = 0.0
+    """Share of the image terms' samples that, where they start from resolved tokens, start from the student's own
+    first pass instead of the teacher's tokens, as sampling in two steps does."""
+    features: str = "fashion-perceptual"
+    """Feature network of the image terms."""
+    image_batch: int = 64
+    """Samples of a batch that are decoded for the image terms."""
+
+    def __post_init__(self) -> None:
+        for name in ("logits", "embeddings", "perceptual", "energy", "own_prefix"):
+            weight = getattr(self, name)
+            values = weight.values() if isinstance(weight, dict) else [weight]
+            if not all(value >= 0 for value in values):
+                raise ValueError(f"objective.{name} must be at least 0, got {weight}")
+            if isinstance(weight, dict) and not all(0 <= share < 1 for share in weight):
+                raise ValueError(f"objective.{name}: shares of the run must lie in [0, 1), got {list(weight)}")
+        if self.image_batch < 2:
+            raise ValueError(f"objective.image_batch must be at least 2, got {self.image_batch}")
+
+    @property
+    def uses_images(self) -> bool:
+        """Whether an image term is on at any time."""
+        return bool(self.perceptual or self.energy)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillConfig:
+    """A teacher's distillation, from pairs to student."""
+
+    teacher: str
+    pairs: PairsConfig
+    student: StudentConfig
+    objective: RegressionConfig
+    training: TrainingConfig
+    expected: dict[str, Any] = field(default_factory=dict)
+    """Measured metrics with protocol, hardware and date, or the words `not yet measured`; for people."""
+
+
+def read_config(path: Path, config_type: type[T], overrides: Sequence[str] = ()) -> T:
+    """Read a YAML file into a config dataclass.
+
+    Args:
+        path: the file.
+        overrides: `key.path=value`, the value in YAML.
+
+    Raises:
+        ValueError: the file is missing or no mapping, a key is unknown, missing or of the wrong type.
+    """
+    if not path.is_file():
+        raise ValueError(f"no config file {path}")
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise ValueError(f"{path} must hold a mapping of keys to values")
+    for override in overrides:
+        key, found, text = override.partition("=")
+        if not found:
+            raise ValueError(f"override {override!r} must read key.path=value")
+        set_key(tree, key.split("."), parse_scalar(override, text))
+    return build(config_type, tree, "")
+
+
+def parse_scalar(override: str, text: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ValueError(f"override {override!r}: the value is no YAML") from None
+
+
+def set_key(tree: dict[str, Any], keys: list[str], value: Any) -> None:
+    for key in keys[:-1]:
+        tree = tree.setdefault(key, {})
+        if not isinstance(tree, dict):
+            raise ValueError(f"override of {'.'.join(keys)}: {key} is no group")
+    tree[keys[-1]] = value
+
+
+def build(kind: Any, value: Any, where: str) -> Any:
+    """Turn parsed YAML into `kind`: a dataclass, a scalar, a tuple, a Literal or an optional of those."""
+    if dataclasses.is_dataclass(kind):
+        return build_dataclass(kind, value, where)
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in args:
+            return None
+        mapping = isinstance(value, dict) and next((a for a in args if typing.get_origin(a) is dict), None)
+        return build(mapping or next(a for a in args if a is not type(None)), value, where)
+    if origin is Literal:
+        if value is False and "no" in args:  # YAML 1.1 reads a bare `no` as false
+            value = "no"
+        if value in args:
+            return value
+        raise ValueError(f"{where} must be one of {', '.join(map(str, args))}, got {value!r}")
+    if origin is tuple:
+        if not isinstance(value, list | tuple) or (args[-1] is not ... and len(args) != len(value)):
+            raise ValueError(f"{where} must be a list, got {value!r}")
+        return tuple(build(args[0], v, f"{where}[{i}]") for i, v in enumerate(value))
+    if kind is float and isinstance(value, str):
+        value = as_number(value)
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if origin is dict and args[0] is float and isinstance(value, dict):
+        return {build(args[0], k, f"{where} key"): build(args[1], v, f"{where}.{k}") for k, v in value.items()}
+    expected = dict if origin is dict else kind
+    if not isinstance(value, expected) or (isinstance(value, bool) and expected is not bool):
+        raise ValueError(f"{where} must be {expected.__name__}, got {value!r}")
+    return value
+
+
+def as_number(text: str) -> float | str:
+    """YAML 1.1 reads `1e-3` as text."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def build_dataclass(kind: Any, value: Any, where: str) -> Any:
+    if not isinstance(value, dict):
+        raise ValueError(f"{where or 'the config'} must be a group of keys, got {value!r}")
+    hints = typing.get_type_hints(kind)
+    names = [f.name for f in dataclasses.fields(kind)]
+    dot = f"{where}." if where else ""
+    for key in value:
+        if key not in names:
+            near = difflib.get_close_matches(str(key), names, 1)
+            hint = f"did you mean {dot}{near[0]}?" if near else f"it knows {', '.join(names)}"
+            raise ValueError(f"unknown config key {dot}{key}; {hint}")
+    for f in dataclasses.fields(kind):
+        required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+        if required and f.name not in value:
+            raise ValueError(f"config key {dot}{f.name} is missing")
+    return kind(**{key: build(hints[key], v, f"{dot}{key}") for key, v in value.items()})
+
+
+def as_dict(config: Any) -> dict[str, Any]:
+    """A config as plain data for JSON."""
+    return dataclasses.asdict(config)

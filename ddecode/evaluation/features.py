@@ -1,0 +1,109 @@
+"""The small convolutional feature network behind the `zoo` protocol and the zoo's perceptual losses.
+
+B batch, H W image height and width, F width of the pooled features, K classes.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeatureMaps:
+    """What one pass of a `FeatureNetwork` gives."""
+
+    stages: tuple[Tensor, ...]
+    """One fp32 [B, C_i, H_i, W_i] per stage, after the activation."""
+    pooled_BF: Tensor
+    """Mean of the last stage over space."""
+    logits_BK: Tensor
+
+    def descriptors(self) -> Tensor:
+        """One fp32 vector [B, F'] per image: every stage's means over quarters of the image, and `pooled_BF`."""
+        quarters = [F.adaptive_avg_pool2d(stage.float(), 2).flatten(1) for stage in self.stages]
+        return torch.cat([*quarters, self.pooled_BF], 1)
+
+
+class ResidualBlock(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.norm1 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.norm2 = nn.BatchNorm2d(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.gelu(self.norm1(self.conv1(x)))
+        return F.gelu(x + self.norm2(self.conv2(h)))
+
+
+class FeatureNetwork(nn.Module):
+    """Residual classifier whose pooled last stage is the feature space of the Fréchet distance.
+
+    Args:
+        widths: channels of each stage; every stage halves height and width.
+        blocks: residual blocks per stage.
+        num_classes: classes of the data set it is trained on.
+    """
+
+    def __init__(self, *, widths: tuple[int, ...] = (32, 64, 128), blocks: int = 1, num_classes: int = 10) -> None:
+        super().__init__()
+        self.widths, self.blocks, self.num_classes = tuple(widths), blocks, num_classes
+        stages, before = [], 3
+        for width in widths:
+            stages.append(
+                nn.Sequential(
+                    nn.Conv2d(before, width, 4, stride=2, padding=1, bias=False),
+                    nn.BatchNorm2d(width),
+                    nn.GELU(),
+                    *[ResidualBlock(width) for _ in range(blocks)],
+                )
+            )
+            before = width
+        self.stages = nn.ModuleList(stages)
+        self.head = nn.Linear(before, num_classes)
+
+    def forward(self, images_B3HW: Tensor) -> FeatureMaps:
+        """images_B3HW: fp32 in [-1, 1]."""
+        stages, h = [], images_B3HW
+        for stage in self.stages:
+            h = stage(h)
+            stages.append(h)
+        pooled_BF = h.float().mean((2, 3))
+        return FeatureMaps(stages=tuple(stages), pooled_BF=pooled_BF, logits_BK=self.head(pooled_BF))
+
+
+def perceptual_gap(ours: FeatureMaps, theirs: FeatureMaps) -> Tensor:
+    """LPIPS with unit weights (Zhang et al. 2018, eq. 1), fp32 [B]: squared distance of channel-normalised maps."""
+    distance_B = torch.zeros(len(ours.pooled_BF), device=ours.pooled_BF.device)
+    for a, b in zip(ours.stages, theirs.stages, strict=True):
+        gap = F.normalize(a.float(), dim=1) - F.normalize(b.float(), dim=1)
+        distance_B = distance_B + gap.square().sum(1).mean((1, 2))
+    return distance_B
+
+
+def perceptual_distance(network: FeatureNetwork, images_B3HW: Tensor, target_B3HW: Tensor) -> Tensor:
+    """`perceptual_gap` of two batches of images, fp32 [B,3,H,W] in [-1,1]; gradients flow into the first only."""
+    with torch.no_grad():
+        theirs = network(target_B3HW)
+    return perceptual_gap(network(images_B3HW), theirs)
+
+
+def load_features(folder: Path) -> FeatureNetwork:
+    """A frozen feature network from `config.json` and `model.safetensors`, in evaluation mode, fp32.
+
+    Raises:
+        ValueError: the folder holds none.
+    """
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"no feature network in {folder}")
+    config = json.loads((folder / "config.json").read_text())
+    network = FeatureNetwork(widths=tuple(config["widths"]), blocks=config["blocks"], num_classes=config["num_classes"])
+    state = load_file(folder / "model.safetensors")
+    network.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in state.items()})
+    return network.eval().requires_grad_(False)

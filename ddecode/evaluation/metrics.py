@@ -1,0 +1,62 @@
+"""Distances between sets of features.
+
+N samples, F feature width; everything in float64.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gaussian:
+    """Mean and covariance of a feature set."""
+
+    mean_F: np.ndarray
+    covariance_FF: np.ndarray
+
+
+def fit_gaussian(features_NF: np.ndarray) -> Gaussian:
+    """Sample mean and unbiased covariance.
+
+    Raises:
+        ValueError: fewer than two samples.
+    """
+    if len(features_NF) < 2:
+        raise ValueError(f"a covariance needs at least 2 samples, got {len(features_NF)}")
+    features = np.asarray(features_NF, np.float64)
+    return Gaussian(mean_F=features.mean(0), covariance_FF=np.cov(features, rowvar=False))
+
+
+def frechet_distance(a: Gaussian, b: Gaussian) -> float:
+    """Fréchet distance of two Gaussians (Heusel et al. 2017, eq. 6).
+
+    |mu_a - mu_b|^2 + tr(A + B - 2 (A^1/2 B A^1/2)^1/2); the symmetric form keeps every root real.
+    """
+    values, vectors = np.linalg.eigh(a.covariance_FF)
+    root_a = (vectors * np.sqrt(values.clip(min=0))) @ vectors.T
+    cross = np.linalg.eigvalsh(root_a @ b.covariance_FF @ root_a)
+    trace = np.trace(a.covariance_FF) + np.trace(b.covariance_FF) - 2 * np.sqrt(cross.clip(min=0)).sum()
+    return float(np.square(a.mean_F - b.mean_F).sum() + trace)
+
+
+def control_share(student: float, floor: float, control: float) -> float:
+    """The share of the independent-token control's error that a student has: 0 as its teacher, 1 no better than
+    the control.
+
+    E = (FD(S,T) - FD(T',T)) / (FD(P,T) - FD(T',T)): `student` = FD(S,T), `floor` = FD(T',T), `control` = FD(P,T).
+    """
+    return (student - floor) / (control - floor)
+
+
+def intra_class_variance(features_NF: np.ndarray, labels_N: np.ndarray) -> float:
+    """Trace of the feature covariance inside a class, averaged over the classes present."""
+    features = np.asarray(features_NF, np.float64)
+    per_class = [
+        features[labels_N == label].var(0, ddof=1).sum()
+        for label in np.unique(labels_N)
+        if (labels_N == label).sum() > 1
+    ]
+    if not per_class:
+        raise ValueError("intra-class variance needs a class with at least 2 samples")
+    return float(np.mean(per_class))

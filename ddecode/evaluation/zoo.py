@@ -1,0 +1,253 @@
+"""The `zoo` protocol: how the bundled models are judged.
+
+Samples with balanced labels are rounded to 8 bits and seen by a small classifier trained on the same data set
+(`ddecode/zoo/features`), whose statistics of the real test images are bundled. Four figures for each plan:
+
+* the Fréchet distance to the real images, and its ratio to the teacher's;
+* E, the share of the independent-token control's error: (FD(S,T) - FD(T',T)) / (FD(P,T) - FD(T',T)) with S the
+  plan's samples, T and T' two sets of the teacher's, P the tokens of T' permuted within class and position. It is 0
+  for the teacher's own distribution and 1 where tokens know nothing of each other, and it does not share the
+  tokenizer's floor as the ratio does;
+* label accuracy: the share of samples that the classifier gives their label;
+* intra-class variance of the features, as a share of the teacher's.
+
+S, T, T' and P have seeds apart. N samples, L token positions, F feature width.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.numpy import load_file
+from torch import Tensor
+from tqdm import tqdm
+
+from ddecode.evaluation.features import FeatureNetwork, load_features
+from ddecode.evaluation.metrics import Gaussian, control_share, fit_gaussian, frechet_distance, intra_class_variance
+from ddecode.pipeline import DistilledPipeline, to_uint8
+from ddecode.plan import Plan
+from ddecode.randomness import derived_seed, sample_generators
+
+
+@dataclass(frozen=True, kw_only=True)
+class ZooRow:
+    """One plan's figures; those that need the teacher are None for models without one."""
+
+    plan: str
+    network_evaluations: int
+    frechet: float
+    """Fréchet distance to the real test images."""
+    ratio: float | None
+    """`frechet` over the teacher's."""
+    control_share: float | None
+    """E, as a fraction."""
+    accuracy: float
+    variance: float | None
+    """Intra-class variance over the teacher's."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ZooResult:
+    protocol: str
+    model: str
+    num: int
+    seed: int
+    feature_hash: str
+    rounding: str
+    versions: dict[str, str]
+    rows: tuple[ZooRow, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judge:
+    """A feature network with what it says of the real test images."""
+
+    network: FeatureNetwork
+    real: Gaussian
+    hash: str
+
+    @classmethod
+    def open(cls, folder: Path) -> "Judge":
+        """Raises ValueError: the folder lacks the network or the statistics."""
+        network = load_features(folder)
+        path = folder / "statistics.safetensors"
+        if not path.is_file():
+            raise ValueError(f"no statistics of real images in {folder}")
+        statistics = load_file(path)
+        digest = hashlib.sha256((folder / "model.safetensors").read_bytes() + path.read_bytes()).hexdigest()
+        real = Gaussian(mean_F=statistics["mean"], covariance_FF=statistics["covariance"])
+        return cls(network=network, real=real, hash=digest[:16])
+
+    @torch.no_grad()
+    def look(self, images_NHW3: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """uint8 images to features fp32 [N,F] and predicted classes int64 [N]."""
+        features, predicted = [], []
+        for chunk in torch.from_numpy(images_NHW3).split(250):
+            maps = self.network(chunk.permute(0, 3, 1, 2).float() / 127.5 - 1)
+            features.append(maps.pooled_BF)
+            predicted.append(maps.logits_BK.argmax(1))
+        return torch.cat(features).numpy(), torch.cat(predicted).numpy()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Seen:
+    """A sample set as the judge sees it."""
+
+    features_NF: np.ndarray
+    labels_N: np.ndarray
+    accuracy: float
+    network_evaluations: int
+
+    @property
+    def gaussian(self) -> Gaussian:
+        return fit_gaussian(self.features_NF)
+
+
+def evaluate(
+    pipe: DistilledPipeline,
+    plans: dict[str, Plan],
+    judge: Judge,
+    *,
+    model: str,
+    num: int,
+    seed: int = 0,
+    batch: int = 250,
+    show_progress: bool = True,
+) -> ZooResult:
+    """Judge plans by the `zoo` protocol.
+
+    Args:
+        pipe: the models.
+        plans: by the name their row shall carry; `teacher` is always measured where the pipe has one.
+        judge: feature network and real statistics.
+        model: its name, for the record.
+        num: samples of each set; at least 2 for each class.
+        seed: sets of one seed never share noise.
+
+    Raises:
+        ValueError: num is too small.
+    """
+    if num < 2 * pipe.num_classes:
+        raise ValueError(f"--num must be at least {2 * pipe.num_classes}, two for each class, got {num}")
+    labels_N = np.arange(num) % pipe.num_classes
+    sets = len(plans) + (3 if pipe.teacher is not None else 0)
+    bar = tqdm(total=sets * num, unit="img", disable=not show_progress, leave=False, desc="eval")
+
+    def draw(plan: Plan, stream: int) -> tuple[Seen, Tensor]:
+        embeddings, seen = [], []
+        evaluations = 0
+        for first in range(0, num, batch):
+            part = range(first, min(first + batch, num))
+            generators = sample_generators(derived_seed(seed, stream), part)
+            progress = pipe.emit(torch.from_numpy(labels_N[part.start : part.stop]), plan, generators)
+            evaluations = progress.network_evaluations
+            embeddings.append(progress.embeddings_BLC)
+            seen.append(decoded(pipe, progress.embeddings_BLC))
+            bar.update(len(part))
+        return look(judge, np.concatenate(seen), labels_N, evaluations), torch.cat(embeddings)
+
+    teacher: Seen | None = None
+    floor = control = 0.0
+    if pipe.teacher is not None:
+        whole = pipe.plan("teacher")
+        teacher, _ = draw(whole, 0)
+        other, embeddings_NLC = draw(whole, 1)
+        permuted = permute_within_class(embeddings_NLC, labels_N, derived_seed(seed, 2))
+        images = np.concatenate([decoded(pipe, chunk) for chunk in permuted.split(batch)])
+        bar.update(num)
+        floor = frechet_distance(other.gaussian, teacher.gaussian)
+        control_seen = look(judge, images, labels_N, 0)
+        control = frechet_distance(control_seen.gaussian, teacher.gaussian)
+
+    def row(name: str, seen: Seen) -> ZooRow:
+        frechet = frechet_distance(seen.gaussian, judge.real)
+        share = ratio = variance = None
+        if teacher is not None:
+            ratio = frechet / frechet_distance(teacher.gaussian, judge.real)
+            share = control_share(frechet_distance(seen.gaussian, teacher.gaussian), floor, control)
+            variance = intra_class_variance(seen.features_NF, labels_N) / intra_class_variance(
+                teacher.features_NF, labels_N
+            )
+        return ZooRow(
+            plan=name,
+            network_evaluations=seen.network_evaluations,
+            frechet=frechet,
+            ratio=ratio,
+            control_share=share,
+            accuracy=seen.accuracy,
+            variance=variance,
+        )
+
+    rows = []
+    if teacher is not None:
+        rows += [row("teacher", other), row("control", control_seen)]
+    for stream, (name, plan) in enumerate(plans.items(), start=3):
+        if name != "teacher":
+            rows.append(row(name, draw(plan, stream)[0]))
+    bar.close()
+    return ZooResult(
+        protocol="zoo",
+        model=model,
+        num=num,
+        seed=seed,
+        feature_hash=judge.hash,
+        rounding="clamp to [-1,1], round((x+1)*127.5) to 8 bits",
+        versions={"torch": torch.__version__, "numpy": np.__version__},
+        rows=tuple(rows),
+    )
+
+
+@torch.no_grad()
+def decoded(pipe: DistilledPipeline, embeddings_BLC: Tensor) -> np.ndarray:
+    return to_uint8(pipe.tokenizer.decode(embeddings_BLC))
+
+
+def look(judge: Judge, images_NHW3: np.ndarray, labels_N: np.ndarray, evaluations: int) -> Seen:
+    features_NF, predicted_N = judge.look(images_NHW3)
+    return Seen(
+        features_NF=features_NF,
+        labels_N=labels_N,
+        accuracy=float((predicted_N == labels_N).mean()),
+        network_evaluations=evaluations,
+    )
+
+
+def permute_within_class(embeddings_NLC: Tensor, labels_N: np.ndarray, seed: int) -> Tensor:
+    """The control P: at every position, the tokens of a class change owners independently."""
+    rng = np.random.default_rng(seed)
+    permuted = embeddings_NLC.clone()
+    for label in np.unique(labels_N):
+        rows = np.flatnonzero(labels_N == label)
+        for position in range(embeddings_NLC.shape[1]):
+            permuted[rows, position] = embeddings_NLC[rng.permutation(rows), position]
+    return permuted
+
+
+def table(result: ZooResult) -> str:
+    """The rows for people."""
+    lines = [
+        f"protocol zoo, n {result.num} a set, seed {result.seed}, features {result.feature_hash}",
+        f"{'plan':34} {'passes':>6} {'FD real':>8} {'ratio':>6} {'E':>8} {'accuracy':>8} {'variance':>8}",
+    ]
+
+    def cell(value: float | None, form: str) -> str:
+        return "-" if value is None else format(value, form)
+
+    for row in result.rows:
+        passes = str(row.network_evaluations or "-")
+        lines.append(
+            f"{row.plan:34} {passes:>6} {row.frechet:8.3f} {cell(row.ratio, '.2f'):>6} "
+            f"{cell(row.control_share, '.2%'):>8} {row.accuracy:8.2%} {cell(row.variance, '.3f'):>8}"
+        )
+    return "\n".join(lines)
+
+
+def as_json(result: ZooResult) -> str:
+    import dataclasses
+
+    plain: dict[str, Any] = dataclasses.asdict(result)
+    return json.dumps(plain)

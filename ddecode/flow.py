@@ -1,0 +1,248 @@
+"""The noise-to-token map: rectified flow from N(0, I) to a teacher's distribution over codes, in closed form.
+
+For one position with probabilities p_j over codes c_j, x_t = (1-t) eps + t c joins noise (flow time 0) to a code
+(flow time 1). In s = t / (1-t), z = x / (1-t) the probability-flow ODE is
+
+    dz/ds = D(z, s) = sum_j w_j c_j,    w = softmax_j( log p_j + s z.c_j - s^2 |c_j|^2 / 2 ),    z(0) = eps
+
+(stochastic localisation; DD1, arXiv 2412.17153, section 3, gives the same flow in t). Nothing is singular, an
+evaluation is one softmax between two matrix products, and the code of largest weight at the last s is the token.
+Moving the codebook by m only moves z by s m, so everything below works on the centred codebook.
+
+Over standard normal noise, w_j(z, s) is the share of token j among the rows that come through z at s. So codes may
+leave before the end: the tokens' frequencies change by no more than the weight given up.
+
+B batch, L positions, R rows (positions of all samples), V codes, A active codes, C code width.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+ROWS_TIMES_CODES = 1 << 20
+"""Largest number of weights held at once, unless a single row has more."""
+NEGLIGIBLE = 1e-6
+"""Codes that together weigh less than this take no further part in a row."""
+SETTLED = 1e-5
+"""A row is finished once, in the second half of the grid, all other codes together weigh less than this."""
+FEW_ENOUGH_TO_SHRINK = 0.7
+"""Finished rows leave once at most this share is unfinished: copying the rest costs about one evaluation."""
+FEWEST_TO_GATHER = 2048
+"""With fewer codes, giving each row its own costs more than it saves."""
+GATHERED_OVER_SHARED = 2
+"""Rows get codes of their own once these hold at most this many numbers per weight of the full set."""
+SCALE_TIMES_RADIUS = 1.0
+"""s at which the grid turns from even to logarithmic, for a codebook of radius 1: codes begin to stand out there."""
+LAST_TIMES_SPACING = 8.0
+"""Last s for a codebook of spacing 1: neighbours are then 8 standard deviations apart."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlowGrid:
+    """Where D is evaluated: s = scale * sinh(x) at num_steps + 1 even x from 0; the token is read at the last."""
+
+    scale: float
+    s: tuple[float, ...]
+
+    @property
+    def num_steps(self) -> int:
+        return len(self.s) - 1
+
+    def step(self, k: int) -> tuple[float, float]:
+        """Integrals over s from s_k to s_(k+1) of 1 and of (x - x_k) / (x_(k+1) - x_k)."""
+        start, stop = self.s[k], self.s[k + 1]
+        width = math.asinh(stop / self.scale) - math.asinh(start / self.scale)
+        return stop - start, stop - (math.hypot(stop, self.scale) - math.hypot(start, self.scale)) / width
+
+
+def flow_grid(codebook_VC: Tensor, num_steps: int) -> FlowGrid:
+    """The grid that fits a codebook: even near 0, logarithmic beyond, until close neighbours are told apart.
+
+    Scaling the codebook by a scales the grid by 1/a, which leaves the map unchanged.
+
+    Args:
+        codebook_VC: float [V,C].
+        num_steps: evaluations of D, at least 1.
+
+    Raises:
+        ValueError: the codebook is not a matrix, or fewer than one evaluation.
+    """
+    if num_steps < 1:
+        raise ValueError(f"num_steps must be at least 1, got {num_steps}")
+    if codebook_VC.dim() != 2 or not codebook_VC.numel():
+        raise ValueError(f"the codebook must be [V, C] and not empty, got {tuple(codebook_VC.shape)}")
+    codes = centred(codebook_VC)
+    radius = codes.square().sum(-1).mean().sqrt().item()
+    spacing = closest_spacing(codes)
+    scale = SCALE_TIMES_RADIUS / radius if radius else 1.0
+    last = LAST_TIMES_SPACING / spacing if math.isfinite(spacing) else scale
+    width = math.asinh(last / scale) / num_steps
+    return FlowGrid(scale=scale, s=tuple(scale * math.sinh(width * k) for k in range(num_steps + 1)))
+
+
+def centred(codebook_VC: Tensor) -> Tensor:
+    """The codes less their mean, fp32."""
+    return (codebook_VC.double() - codebook_VC.double().mean(0)).float()
+
+
+def closest_spacing(codes_VC: Tensor, *, quantile: float = 0.1, sample: int = 256) -> float:
+    """A low quantile of the distance to the nearest distinct code, over about `sample` codes; inf if all are equal."""
+    probes = codes_VC[:: max(1, len(codes_VC) // sample)]
+    squared = torch.cdist(probes, codes_VC, compute_mode="donot_use_mm_for_euclid_dist").square()
+    nearest = torch.where(squared > 1e-10 * squared.max(), squared, math.inf).amin(-1)
+    nearest = nearest[nearest.isfinite()]
+    return nearest.quantile(quantile).sqrt().item() if len(nearest) else math.inf
+
+
+def noise_to_tokens(
+    noise_BLC: Tensor,
+    log_probs_BLV: Tensor,
+    codebook_VC: Tensor,
+    num_steps: int = 16,
+    *,
+    grid: FlowGrid | None = None,
+) -> Tensor:
+    """Send each position's noise to a token: the same noise always to the same one, N(0, I) exactly to p as
+    num_steps grows.
+
+    Args:
+        noise_BLC: standard normal float [B,L,C].
+        log_probs_BLV: float [B,L,V], may be an expanded view; -inf for excluded codes, at least one per row finite;
+            need not be normalised.
+        codebook_VC: float [V,C]. Of codes that are equal, the most probable one is chosen.
+        num_steps: evaluations of D; the final argmax is not counted.
+        grid: `flow_grid(codebook_VC, num_steps)` computed before; it then says num_steps.
+
+    Returns:
+        ids int64 [B,L].
+
+    Raises:
+        ValueError: shapes do not match, or num_steps < 1.
+    """
+    if noise_BLC.dim() != 3 or codebook_VC.dim() != 2 or noise_BLC.shape[2] != codebook_VC.shape[1]:
+        raise ValueError(
+            f"noise must be [B, L, C] and the codebook [V, C], got {tuple(noise_BLC.shape)} and "
+            f"{tuple(codebook_VC.shape)}"
+        )
+    B, L, C = noise_BLC.shape
+    V = len(codebook_VC)
+    if log_probs_BLV.shape != (B, L, V):
+        raise ValueError(f"log_probs must be {(B, L, V)}, one per code, got {tuple(log_probs_BLV.shape)}")
+    grid = grid or flow_grid(codebook_VC, num_steps)
+    codes = centred(codebook_VC)
+    ids_BL = torch.empty(B, L, dtype=torch.int64, device=noise_BLC.device)
+    rows = max(1, ROWS_TIMES_CODES // V)
+    samples = max(1, rows // max(L, 1))
+    with torch.autocast(noise_BLC.device.type, enabled=False):
+        for first in range(0, B, samples):
+            for left in range(0, L, rows):
+                part = slice(first, first + samples), slice(left, left + rows)
+                noise_RC = noise_BLC[part].float().reshape(-1, C)
+                log_p_RV = log_probs_BLV[part].float().reshape(-1, V)
+                ids_BL[part] = solve(noise_RC, log_p_RV, codes, grid).view_as(ids_BL[part])
+    return ids_BL
+
+
+def solve(noise_RC: Tensor, log_p_RV: Tensor, codes_VC: Tensor, grid: FlowGrid) -> Tensor:
+    """The ODE from noise to ids int64 [R], one evaluation of D a step.
+
+    D is taken to be linear in the grid's x: extrapolated from the last two evaluations to predict the next z, then,
+    with D there, interpolated to correct it (Adams-Bashforth and Adams-Moulton of second order, one evaluation for
+    both). Linear in x rather than in s, the prediction stays near the codes however long the step.
+    """
+    codes = Codes.shared(codes_VC, log_p_RV)
+    half = grid.num_steps // 2
+    z_RC = corrected_RC = noise_RC
+    before_RC = torch.zeros_like(noise_RC)
+    ids_R = torch.empty(len(noise_RC), dtype=torch.int64, device=noise_RC.device)
+    alive_R = torch.arange(len(noise_RC), device=noise_RC.device)
+    for k in range(grid.num_steps):
+        weights_RA = codes.weights(z_RC, grid.s[k])
+        if k > half and (k - half) % max(1, half // 3) == 0:
+            best_R, weight_R = codes.ids(weights_RA), weights_RA.amax(-1)
+            ids_R[alive_R] = best_R
+            rows = (weight_R < 1 - SETTLED).nonzero().squeeze(1)
+            if len(rows) == 0:
+                return ids_R
+            if len(rows) < FEW_ENOUGH_TO_SHRINK * len(alive_R):
+                alive_R, weights_RA, codes = alive_R[rows], weights_RA[rows], codes.of_rows(rows)
+                z_RC, corrected_RC, before_RC = z_RC[rows], corrected_RC[rows], before_RC[rows]
+        drift_RC = codes.mean(weights_RA)
+        length, bend = grid.step(k)
+        if k == 0:
+            z_RC = corrected_RC + length * drift_RC
+        else:
+            change_RC = drift_RC - before_RC
+            last_length, last_bend = grid.step(k - 1)
+            corrected_RC = corrected_RC + last_length * before_RC + last_bend * change_RC
+            z_RC = corrected_RC + length * drift_RC + bend * change_RC
+        before_RC = drift_RC
+        # hardly a code leaves in the first half, but for those that top-k or top-p excluded before it
+        if k == 0 or (k >= half and k % max(1, half // 4) == 0):
+            codes = codes.narrowed(weights_RA)
+    ids_R[alive_R] = codes.ids(codes.scores(z_RC, grid.s[-1]))
+    return ids_R
+
+
+@dataclass(frozen=True, kw_only=True)
+class Codes:
+    """The codes that take part: all of them, shared by the rows, or each row's own."""
+
+    log_p_RA: Tensor
+    codes: Tensor
+    """c and -|c|^2 / 2, so that one product gives a score: [C+1,V] if shared, else [R,A,C+1]."""
+    ids_RA: Tensor | None = None
+    """None if shared."""
+
+    @classmethod
+    def shared(cls, codes_VC: Tensor, log_p_RV: Tensor) -> "Codes":
+        codes = torch.cat([codes_VC.T, -codes_VC.square().sum(-1)[None] / 2])
+        return cls(log_p_RA=log_p_RV, codes=codes)
+
+    def scores(self, z_RC: Tensor, s: float) -> Tensor:
+        """log w up to a constant per row: [R,A]."""
+        point = torch.cat([s * z_RC, z_RC.new_full((len(z_RC), 1), s * s)], -1)
+        if self.ids_RA is None:
+            return torch.addmm(self.log_p_RA, point, self.codes)
+        return torch.baddbmm(self.log_p_RA[:, :, None], self.codes, point[:, :, None]).squeeze(2)
+
+    def weights(self, z_RC: Tensor, s: float) -> Tensor:
+        """w: [R,A], rows sum to 1."""
+        return torch.softmax(self.scores(z_RC, s), -1)
+
+    def mean(self, weights_RA: Tensor) -> Tensor:
+        """D: [R,C]."""
+        if self.ids_RA is None:
+            return weights_RA @ self.codes[:-1].T
+        return (weights_RA[:, None] @ self.codes).squeeze(1)[:, :-1]
+
+    def of_rows(self, rows: Tensor) -> "Codes":
+        """The same for some of the rows."""
+        if self.ids_RA is None:
+            return Codes(log_p_RA=self.log_p_RA[rows], codes=self.codes)
+        return Codes(log_p_RA=self.log_p_RA[rows], codes=self.codes[rows], ids_RA=self.ids_RA[rows])
+
+    def ids(self, scores_RA: Tensor) -> Tensor:
+        """The code of the largest score: int64 [R]."""
+        best_R = scores_RA.argmax(-1)
+        return best_R if self.ids_RA is None else self.ids_RA.gather(1, best_R[:, None]).squeeze(1)
+
+    def narrowed(self, weights_RA: Tensor) -> "Codes":
+        """Without the codes of negligible weight, if that leaves few enough for each row to have its own."""
+        V = weights_RA.shape[1]
+        if self.ids_RA is not None or V < FEWEST_TO_GATHER:
+            return self
+        active_RV = weights_RA > NEGLIGIBLE / V
+        count_R = active_RV.sum(-1)
+        A = int(count_R.max())
+        if A * len(self.codes) > GATHERED_OVER_SHARED * V:
+            return self
+        row, code = active_RV.nonzero(as_tuple=True)
+        slot = torch.arange(len(row), device=row.device) - (count_R.cumsum(0) - count_R)[row]
+        ids_RA = row.new_zeros(len(weights_RA), A)
+        ids_RA[row, slot] = code
+        log_p_RA = self.log_p_RA.new_full((len(weights_RA), A), -math.inf)
+        log_p_RA[row, slot] = self.log_p_RA[row, code]
+        return Codes(log_p_RA=log_p_RA, codes=self.codes.T.contiguous()[ids_RA], ids_RA=ids_RA)

@@ -1,0 +1,239 @@
+"""Noise-token pairs on disk: writing, resuming, verifying, reading.
+
+A folder of pairs holds `manifest.json` (what they are made with) and `shard-00000.safetensors`, ... of `shard_size`
+samples each. A shard keeps the seed of each sample's noise instead of the noise, its tokens and its label, and a
+checksum of those. A shard appears under its name only when it is whole, and depends on the manifest alone: stopping
+and going on gives the same bytes.
+
+N samples of a shard, L token positions, C code width.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+from tqdm import tqdm
+
+from ddecode.config import PairsConfig, as_dict
+from ddecode.files import write_aside
+from ddecode.randomness import sample_seed
+from ddecode.teacher import Teacher
+from ddecode.trajectory import resolve
+
+TOKEN_DTYPE = torch.int32
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """What a folder of pairs is made with. `num` may grow, the teacher may be renamed; all else is their identity."""
+
+    teacher: str
+    teacher_hash: str
+    num: int
+    length: int
+    code_width: int
+    num_classes: int
+    recipe: dict[str, Any]
+    num_steps: int
+    seed: int
+    batch: int
+    shard_size: int
+    precision: str
+
+    def identity(self) -> dict[str, Any]:
+        return {key: value for key, value in as_dict(self).items() if key not in ("num", "teacher")}
+
+    @property
+    def shards(self) -> int:
+        return -(-self.num // self.shard_size)
+
+    def shard_range(self, shard: int) -> range:
+        """The samples of one shard."""
+        return range(shard * self.shard_size, min(self.num, (shard + 1) * self.shard_size))
+
+
+def make_manifest(teacher: Teacher, name: str, teacher_hash: str, config: PairsConfig) -> Manifest:
+    return Manifest(
+        teacher=name,
+        teacher_hash=teacher_hash,
+        num=config.num,
+        length=teacher.length,
+        code_width=teacher.codebook_VC.shape[1],
+        num_classes=teacher.num_classes,
+        recipe=as_dict(config.recipe or teacher.recipe),
+        num_steps=config.num_steps,
+        seed=config.seed,
+        batch=config.batch,
+        shard_size=config.shard_size,
+        precision=config.precision,
+    )
+
+
+def shard_path(folder: Path, shard: int) -> Path:
+    return folder / f"shard-{shard:05d}.safetensors"
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Raises ValueError: the folder holds no pairs, or their manifest is damaged."""
+    path = folder / "manifest.json"
+    if not path.is_file():
+        raise ValueError(f"{folder} holds no pairs (no manifest.json); make some with ddecode pairs")
+    try:
+        return Manifest(**json.loads(path.read_text()))
+    except (json.JSONDecodeError, TypeError, UnicodeDecodeError):
+        raise ValueError(f"{path} is damaged; delete the folder and make the pairs again") from None
+
+
+def noise_of(seeds: list[int], shape: tuple[int, int]) -> Tensor:
+    """fp32 [N,L,C], each sample's from its own seed."""
+    return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+
+
+def write_pairs(
+    teacher: Teacher,
+    manifest: Manifest,
+    folder: Path,
+    *,
+    rank: int = 0,
+    world: int = 1,
+    show_progress: bool = True,
+) -> int:
+    """Make the shards that are not there yet; process `rank` of `world` makes every world-th of them.
+
+    Returns:
+        The number of pairs made.
+
+    Raises:
+        ValueError: the folder holds pairs of another manifest, or a damaged shard.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if (folder / "manifest.json").exists():
+        present = read_manifest(folder)
+        if present.identity() != manifest.identity():
+            ours, theirs = manifest.identity(), present.identity()
+            keys = ", ".join(f"{k} ({theirs[k]!r}, not {ours[k]!r})" for k in ours if ours[k] != theirs[k])
+            raise ValueError(f"{folder} holds pairs made with another {keys}; choose another --out")
+        if manifest.num < present.num:
+            raise ValueError(f"{folder} holds {present.num} pairs already; --num may only grow, got {manifest.num}")
+    if rank == 0:
+        write_aside(folder / "manifest.json", (json.dumps(as_dict(manifest), indent=2) + "\n").encode())
+    todo = [s for s in range(rank, manifest.shards, world) if not is_complete(folder, manifest, s)]
+    total = sum(len(manifest.shard_range(s)) for s in todo)
+    with tqdm(total=total, unit="img", disable=not (show_progress and rank == 0), desc="pairs") as bar:
+        for shard in todo:
+            write_aside(shard_path(folder, shard), make_shard(teacher, manifest, shard, bar))
+    return total
+
+
+def is_complete(folder: Path, manifest: Manifest, shard: int) -> bool:
+    """Whether a shard is there with all its samples; a shard that was the short last one is made again.
+
+    Raises:
+        ValueError: it is damaged, or made with another seed (its manifest was lost).
+    """
+    path = shard_path(folder, shard)
+    if not path.exists():
+        return False
+    seeds = read_shard(path)["seeds"].tolist()
+    expected = [sample_seed(manifest.seed, i) for i in manifest.shard_range(shard)]
+    if seeds[: len(expected)] != expected[: len(seeds)]:
+        raise ValueError(f"{path} holds pairs made with another seed; choose another --out")
+    return len(seeds) == len(expected)
+
+
+def make_shard(teacher: Teacher, manifest: Manifest, shard: int, bar: Any) -> bytes:
+    """The bytes of one shard: a function of the teacher, the manifest and the shard's number."""
+    samples = manifest.shard_range(shard)
+    labels = torch.tensor([i % manifest.num_classes for i in samples])
+    seeds = [sample_seed(manifest.seed, i) for i in samples]
+    shape = (manifest.length, manifest.code_width)
+    ids = []
+    for first in range(0, len(samples), manifest.batch):
+        part = slice(first, first + manifest.batch)
+        with torch.autocast(teacher.device.type, torch.bfloat16, enabled=manifest.precision == "bf16"):
+            ids.append(
+                resolve(
+                    teacher,
+                    noise_of(seeds[part], shape),
+                    labels[part],
+                    **manifest.recipe,
+                    num_steps=manifest.num_steps,
+                ).cpu()
+            )
+        bar.update(len(ids[-1]))
+    tensors = {
+        "ids": torch.cat(ids).to(TOKEN_DTYPE),
+        "labels": labels.to(TOKEN_DTYPE),
+        "seeds": torch.tensor(seeds, dtype=torch.int64),
+    }
+    return save(tensors, metadata={"checksum": checksum(tensors)})
+
+
+def checksum(tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(tensors[name].contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def read_shard(path: Path) -> dict[str, Tensor]:
+    """ids int32 [N,L], labels int32 [N], seeds int64 [N], checked against the checksum.
+
+    Raises:
+        ValueError: the shard is missing or damaged.
+    """
+    if not path.is_file():
+        raise ValueError(f"pair shard {path} is missing; run ddecode pairs again to make it")
+    try:
+        with safe_open(path, "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in sorted(file.keys())}
+            expected = (file.metadata() or {}).get("checksum")
+    except SafetensorError as error:
+        raise ValueError(f"pair shard {path} is damaged ({error}); delete it and run ddecode pairs again") from None
+    if expected != checksum(tensors):
+        raise ValueError(f"pair shard {path} is damaged (its checksum is off); delete it and run ddecode pairs again")
+    return tensors
+
+
+class Pairs:
+    """A folder of pairs as a training set; see `ddecode.training.Samples`.
+
+    Args:
+        folder: written by `write_pairs`.
+        teacher_hash: of the teacher that is to be distilled; None takes any.
+
+    Raises:
+        ValueError: shards are missing or damaged, or another teacher made them.
+    """
+
+    def __init__(self, folder: Path, *, teacher_hash: str | None = None) -> None:
+        self.manifest = manifest = read_manifest(folder)
+        if teacher_hash is not None and manifest.teacher_hash != teacher_hash:
+            raise ValueError(
+                f"{folder} was made by another teacher ({manifest.teacher} {manifest.teacher_hash}, not {teacher_hash})"
+            )
+        shards = []
+        for shard in range(manifest.shards):
+            tensors = read_shard(shard_path(folder, shard))
+            expected = len(manifest.shard_range(shard))
+            if len(tensors["ids"]) != expected:
+                raise ValueError(f"pair shard {shard_path(folder, shard)} is incomplete; run ddecode pairs again")
+            shards.append(tensors)
+        self.ids_NL = torch.cat([s["ids"] for s in shards])
+        self.labels_N = torch.cat([s["labels"] for s in shards])
+        self.seeds_N = torch.cat([s["seeds"] for s in shards])
+
+    def __len__(self) -> int:
+        return len(self.ids_NL)
+
+    def batch(self, indices: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+        """noise fp32 [B,L,C], ids int64 [B,L], labels int64 [B]."""
+        noise = noise_of(self.seeds_N[indices].tolist(), (self.manifest.length, self.manifest.code_width))
+        return noise, self.ids_NL[indices].long(), self.labels_N[indices].long()

@@ -1,0 +1,101 @@
+"""Sampling plans: which model emits which span of token positions.
+
+`student:0-256,student:80-256` reads: the student emits all tokens, then keeps its first 80 and, with the original
+noise after them, emits the rest again. Teacher-involved sampling and the stitching of small and large models are
+plans as well.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+SPAN = re.compile(r"(?P<who>[A-Za-z][\w-]*):(?P<start>\d+)-(?P<stop>\d+)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Span:
+    """Positions `start` (tokens resolved before it) to `stop`, emitted by the model named `who`."""
+
+    who: str
+    start: int
+    stop: int
+
+    def __str__(self) -> str:
+        return f"{self.who}:{self.start}-{self.stop}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Spans in order. No gap, and the last one ends at `length`.
+
+    Raises:
+        ValueError: the spans leave a gap, are empty or do not end at `length`.
+    """
+
+    spans: tuple[Span, ...]
+    length: int
+
+    def __post_init__(self) -> None:
+        resolved = 0
+        if not self.spans:
+            raise ValueError("a plan needs at least one span who:start-stop")
+        for span in self.spans:
+            if not 0 <= span.start < span.stop <= self.length:
+                raise ValueError(f"plan span {span}: positions must satisfy 0 <= start < stop <= {self.length}")
+            if span.start > resolved:
+                raise ValueError(f"plan span {span} leaves a gap: only {resolved} tokens are resolved before it")
+            resolved = span.stop
+        if resolved != self.length:
+            raise ValueError(f"the plan ends at {resolved}, the sequence has {self.length} tokens")
+
+    def __str__(self) -> str:
+        return ",".join(map(str, self.spans))
+
+
+def parse_plan(text: str, length: int) -> Plan:
+    """Read `who:start-stop,...` for sequences of `length` tokens.
+
+    Raises:
+        ValueError: the text is no plan, or `Plan` refuses it.
+    """
+    spans = []
+    for part in text.split(","):
+        match = SPAN.fullmatch(part.strip())
+        if match is None:
+            raise ValueError(f"plan span {part.strip()!r} must read who:start-stop, as in student:0-{length}")
+        spans.append(Span(who=match["who"], start=int(match["start"]), stop=int(match["stop"])))
+    return Plan(spans=tuple(spans), length=length)
+
+
+def student_plan(passes: int, starts: Sequence[int], length: int) -> Plan:
+    """The default plan of a student with so many passes: one from each of its first starts.
+
+    Raises:
+        ValueError: fewer than one pass, or more than the student has starts.
+    """
+    if not 1 <= passes <= len(starts):
+        raise ValueError(
+            f"this student samples in 1 to {len(starts)} steps (it was trained for starts {list(starts)}), "
+            f"not in {passes}; a plan can bring in the teacher"
+        )
+    return Plan(spans=tuple(Span(who="student", start=s, stop=length) for s in starts[:passes]), length=length)
+
+
+def check_plan(plan: Plan, starts: Mapping[str, Sequence[int] | None]) -> None:
+    """Refuse a plan that names a model or a start that is not there.
+
+    Args:
+        plan: the plan.
+        starts: by model name, the starts it may take; None is any.
+
+    Raises:
+        ValueError: naming what is known.
+    """
+    for span in plan.spans:
+        if span.who not in starts:
+            raise ValueError(f"plan span {span}: no model {span.who!r}; there are {', '.join(starts)}")
+        known = starts[span.who]
+        if known is not None and span.start not in known:
+            raise ValueError(
+                f"plan span {span}: {span.who} was not trained to start at {span.start}; it knows {list(known)}"
+            )

@@ -1,0 +1,184 @@
+"""The DD1 student: new inputs and two heads around a teacher's own backbone (arXiv 2412.17153, section 3.2).
+
+B batch, L token positions, P condition positions, V codes, C code width, D model width.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ddecode.teacher import Teacher, check_labels
+from ddecode.types import Backbone, Labels, Prediction, Tokenizer
+
+
+class ContinuousHead(nn.Module):
+    """Hidden states to vectors in R^C: layer norm, shift and scale by class, linear.
+
+    `scale_shift_table` holds the shift in row 0 and the scale in row 1; the class vector is added to both.
+    """
+
+    def __init__(self, width: int, code_width: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(width, code_width)
+        self.scale_shift_table = nn.Parameter(torch.randn(2, width) / width**0.5)
+
+    def forward(self, hidden_BLD: Tensor, class_BD: Tensor) -> Tensor:
+        shift, scale = (self.scale_shift_table + class_BD[:, None]).chunk(2, dim=1)
+        normed = F.layer_norm(hidden_BLD, hidden_BLD.shape[-1:], eps=1e-6)
+        return self.linear(normed * (1 + scale) + shift)
+
+
+class Student(nn.Module):
+    """Maps a partly resolved sequence to all tokens at once.
+
+    Args:
+        backbone: the teacher's kind of backbone, reading code vectors (`vector_inputs`).
+        tokenizer: the teacher's; held for its codebook and for decoding, not trained, not in the state dict.
+        starts: numbers of resolved tokens it was trained to continue from.
+        split: positions before it are emitted as argmax tokens, the rest as continuous vectors.
+    """
+
+    def __init__(self, backbone: Backbone, tokenizer: Tokenizer, *, starts: tuple[int, ...], split: int) -> None:
+        super().__init__()
+        assert isinstance(backbone, nn.Module)
+        self.length = sum(backbone.steps)
+        if not 0 <= split <= self.length:
+            raise ValueError(f"split must lie in 0..{self.length}, got {split}")
+        if any(not 0 <= start < self.length for start in starts):
+            raise ValueError(f"starts must lie in 0..{self.length - 1}, got {list(starts)}")
+        self.backbone = backbone
+        self._tokenizer = [tokenizer]  # in a list, so that its weights are not this module's
+        self.starts, self.split = starts, split
+        self.indicator = nn.Embedding(2, backbone.width)
+        self.continuous_head = ContinuousHead(backbone.width, tokenizer.codebook_VC.shape[1])
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self._tokenizer[0]
+
+    @property
+    def codebook_VC(self) -> Tensor:
+        return self.tokenizer.codebook_VC
+
+    @property
+    def num_classes(self) -> int:
+        return self.backbone.num_classes
+
+    @property
+    def device(self) -> torch.device:
+        return self.indicator.weight.device
+
+    @torch.no_grad()
+    def predict(self, sequence_BLC: Tensor, class_labels: Labels, start: int | Tensor = 0) -> Prediction:
+        """One pass.
+
+        Args:
+            sequence_BLC: fp32 [B,L,C], the first `start` positions resolved (codes), the rest their own noise.
+            class_labels: int, list or LongTensor [B].
+            start: resolved tokens, an int or LongTensor [B].
+
+        Returns:
+            Both heads over all L positions; those before `start` mean nothing.
+
+        Raises:
+            ValueError: the sequence is not [B, L, C], a label or a start is out of range.
+        """
+        expected = (self.length, self.codebook_VC.shape[1])
+        if sequence_BLC.dim() != 3 or tuple(sequence_BLC.shape[1:]) != expected:
+            raise ValueError(f"the sequence must be [B, {expected[0]}, {expected[1]}], got {tuple(sequence_BLC.shape)}")
+        labels_B = check_labels(class_labels, len(sequence_BLC), self.num_classes, self.device)
+        start_B = torch.as_tensor(start, device=self.device)
+        if start_B.dim() > 1 or start_B.numel() not in (1, len(sequence_BLC)) or start_B.is_floating_point():
+            raise ValueError(f"start must be an int or an integer tensor [{len(sequence_BLC)}], got {start}")
+        start_B = start_B.expand(len(sequence_BLC))
+        if int(start_B.min()) < 0 or int(start_B.max()) >= self.length:
+            raise ValueError(f"start must lie in 0..{self.length - 1}, got {start}")
+        sequence_BLC = sequence_BLC.to(self.device, self.indicator.weight.dtype)
+        return self(sequence_BLC, labels_B, start_B)
+
+    def forward(self, sequence_BLC: Tensor, labels_B: Tensor, start_B: Tensor) -> Prediction:
+        """`predict` on checked arguments and with gradients."""
+        hidden_BLD, class_BD = self.hidden(sequence_BLC, labels_B, start_B)
+        return Prediction(
+            embeddings_BLC=self.continuous_head(hidden_BLD, class_BD).float(),
+            logits_BLV=self.backbone.logits(hidden_BLD),
+        )
+
+    def hidden(self, sequence_BLC: Tensor, labels_B: Tensor, start_B: Tensor) -> tuple[Tensor, Tensor]:
+        """Hidden states [B,L,D] at the tokens' own positions, and the class vectors [B,D]."""
+        condition = self.backbone.condition(labels_B)
+        prefix = condition.prefix_BPD.shape[1]
+        inputs = torch.cat([condition.prefix_BPD, self.backbone.vector_inputs(sequence_BLC)], 1)
+        position_N = torch.arange(-prefix, self.length, device=inputs.device)
+        inputs = inputs + self.indicator((position_N < start_B[:, None]).long())
+        assert condition.class_BD is not None
+        return self.backbone.hidden(inputs, mask_BP=condition.mask_BP)[:, prefix:], condition.class_BD
+
+    @torch.no_grad()
+    def emit(self, sequence_BLC: Tensor, labels_B: Tensor, start: int, stop: int) -> Tensor:
+        """What sampling keeps of one pass, [B,stop-start,C]: argmax codes before `split`, the continuous head after.
+
+        Each head is computed only at the positions that are taken from it.
+        """
+        start_B = torch.full((len(sequence_BLC),), start, device=self.device)
+        hidden_BLD, class_BD = self.hidden(sequence_BLC, labels_B, start_B)
+        border = min(max(self.split, start), stop)
+        parts = []
+        if start < border:
+            ids = self.backbone.logits(hidden_BLD[:, start:border]).argmax(-1)
+            parts.append(F.embedding(ids, self.codebook_VC))
+        if border < stop:
+            parts.append(self.continuous_head(hidden_BLD[:, border:stop], class_BD).float())
+        return torch.cat(parts, 1)
+
+    @torch.no_grad()
+    def initialize_from(self, teacher: Teacher) -> None:
+        """Copy the teacher's weights by name; a student of fewer layers takes evenly spaced ones.
+
+        New parts start neutral: the indicator at zero, the input map as the least-squares fit of the teacher's
+        token table on the codes.
+
+        Raises:
+            ValueError: a shared weight is missing or misshapen.
+        """
+        assert isinstance(teacher.backbone, nn.Module) and isinstance(self.backbone, nn.Module)
+        source = renumber_layers(teacher.backbone.state_dict(), teacher.backbone.depth, self.backbone.depth)
+        target = self.backbone.state_dict()
+        own_input = {name for name in target if name.startswith("tok_embeddings.")}
+        wrong = [n for n in target if n not in own_input and (n not in source or source[n].shape != target[n].shape)]
+        if wrong:
+            raise ValueError(f"the teacher lacks, or has in another shape: {', '.join(wrong)}")
+        fitted = fit_input_map(teacher.codebook_VC, source["tok_embeddings.weight"])
+        self.backbone.load_state_dict({n: fitted[n] if n in own_input else source[n] for n in target})
+        nn.init.zeros_(self.indicator.weight)
+
+
+def fit_input_map(codebook_VC: Tensor, table_VD: Tensor) -> dict[str, Tensor]:
+    """Least squares: table ~ codebook @ weight.T + bias. In float64, so that rounding hides the order of sums."""
+    codes = F.pad(codebook_VC.double(), (0, 1), value=1.0)
+    solution = torch.linalg.lstsq(codes, table_VD.double()).solution.float()
+    return {"tok_embeddings.weight": solution[:-1].T.contiguous(), "tok_embeddings.bias": solution[-1].clone()}
+
+
+def kept_layers(depth: int, kept: int) -> list[int]:
+    """Indices of `kept` layers out of `depth`, evenly spaced, first and last among them."""
+    if not 1 <= kept <= depth:
+        raise ValueError(f"a student of {kept} layers cannot be cut from a teacher of {depth}")
+    return [round(i * (depth - 1) / max(1, kept - 1)) for i in range(kept)]
+
+
+def renumber_layers(state: Mapping[str, Tensor], depth: int, kept: int) -> dict[str, Tensor]:
+    """The state of a backbone cut to `kept` layers: `layers.J.rest` becomes `layers.I.rest`."""
+    new_index = {old: new for new, old in enumerate(kept_layers(depth, kept))}
+    renumbered = {}
+    for name, tensor in state.items():
+        head, dot, rest = name.partition("layers.")
+        if head or not dot:
+            renumbered[name] = tensor
+            continue
+        layer, _, tail = rest.partition(".")
+        if int(layer) in new_index:
+            renumbered[f"layers.{new_index[int(layer)]}.{tail}"] = tensor
+    return renumbered

@@ -1,0 +1,307 @@
+"""The teacher and its autoregressive loop: the only one in the project, for every family.
+
+B batch, L token positions, N tokens of one step, V codes, C code width; see `ddecode.types`.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ddecode.types import Backbone, Generators, Labels, Tokenizer
+
+Pick = Callable[[Tensor, int], Tensor]
+"""Filtered log-probabilities fp32 [B,N,V] of positions from `start` on, to ids int64 [B,N]."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """How a teacher is sampled; its pairs are made the same way."""
+
+    guidance_scale: float = 0.0
+    """Upstream's number: LlamaGen <= 1 is off, VAR 0 is off."""
+    top_k: int = 0
+    top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.guidance_scale) or self.guidance_scale < 0:
+            raise ValueError(f"guidance_scale must be a finite number of at least 0, got {self.guidance_scale}")
+        if self.top_k < 0:
+            raise ValueError(f"top_k must be at least 0 (0 is off), got {self.top_k}")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must lie in (0, 1] (1 is off), got {self.top_p}")
+
+
+def filter_log_probs(logits_BNV: Tensor, *, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> Tensor:
+    """Log-probabilities after temperature, top-k and then top-p; excluded codes are -inf.
+
+    Ties at the k-th logit stay, and top-p keeps the first code above the threshold, as upstream does.
+    """
+    log_probs = torch.log_softmax(logits_BNV.float() / temperature, -1)
+    if 0 < top_k < log_probs.shape[-1]:
+        kth = log_probs.topk(top_k, -1).values[..., -1:]
+        log_probs = log_probs.masked_fill(log_probs < kth, -math.inf).log_softmax(-1)
+    if top_p < 1.0:
+        ordered, order = log_probs.sort(-1, descending=True)
+        before = ordered.exp().cumsum(-1) - ordered.exp()
+        excluded = torch.zeros_like(before, dtype=torch.bool).scatter(-1, order, before > top_p)
+        log_probs = log_probs.masked_fill(excluded, -math.inf).log_softmax(-1)
+    return log_probs
+
+
+def per_sample_generators(generator: Generators, batch: int) -> list[torch.Generator]:
+    """One generator for each sample: a list is taken as it is, a single one (None: torch's own) serves them in turn.
+
+    Raises:
+        ValueError: a list of another length.
+    """
+    if generator is None or isinstance(generator, torch.Generator):
+        return [generator or torch.default_generator] * batch
+    if len(generator) != batch:
+        raise ValueError(f"{len(generator)} generators for {batch} samples: give one, or one each")
+    return list(generator)
+
+
+def draw_noise(generator: Generators, batch: int, shape: tuple[int, int]) -> Tensor:
+    """Standard normal fp32 [B,L,C] on the CPU, drawn sample by sample: image i never depends on the batch."""
+    return torch.stack([torch.randn(shape, generator=g) for g in per_sample_generators(generator, batch)])
+
+
+def inverse_cdf(uniforms_BL: Tensor) -> Pick:
+    """A `pick` that draws by inverting the cumulative distribution at one uniform number per position."""
+
+    def pick(log_probs_BNV: Tensor, start: int) -> Tensor:
+        cumulative = log_probs_BNV.exp().cumsum(-1)
+        u = uniforms_BL[:, start : start + log_probs_BNV.shape[1], None].to(cumulative.device)
+        # just below the total, so that rounding can never reach past the last code of positive mass
+        return torch.searchsorted(cumulative, u * cumulative[..., -1:] * (1 - 1e-6), right=True)[..., 0]
+
+    return pick
+
+
+def argmax(log_probs_BNV: Tensor, start: int) -> Tensor:
+    """A `pick` that takes the most probable code."""
+    return log_probs_BNV.argmax(-1)
+
+
+class Teacher:
+    """A pre-trained AR image model: a backbone that predicts tokens and the tokenizer they belong to.
+
+    Args:
+        backbone: see `ddecode.types.Backbone`; set to evaluation mode.
+        tokenizer: see `ddecode.types.Tokenizer`.
+        family: the name the model's family has in `ddecode.checkpoint`.
+        recipe: how to sample it where nothing else is asked for.
+    """
+
+    def __init__(self, backbone: Backbone, tokenizer: Tokenizer, *, family: str, recipe: Recipe | None = None) -> None:
+        self.backbone, self.tokenizer, self.family = backbone, tokenizer, family
+        self.recipe = recipe or Recipe()
+        for part in (backbone, tokenizer):
+            if isinstance(part, nn.Module):
+                part.eval()
+        if backbone.vocab_size != len(tokenizer.codebook_VC):
+            raise ValueError(
+                f"the model predicts {backbone.vocab_size} codes, the tokenizer has {len(tokenizer.codebook_VC)}"
+            )
+
+    @property
+    def steps(self) -> tuple[int, ...]:
+        """Tokens per AR step; they sum to L."""
+        return self.backbone.steps
+
+    @property
+    def length(self) -> int:
+        """L."""
+        return sum(self.steps)
+
+    @property
+    def num_classes(self) -> int:
+        return self.backbone.num_classes
+
+    @property
+    def codebook_VC(self) -> Tensor:
+        """The codebook that `tokenizer.decode` uses."""
+        return self.tokenizer.codebook_VC
+
+    @property
+    def device(self) -> torch.device:
+        return self.codebook_VC.device
+
+    def to(self, device: torch.device | str) -> "Teacher":
+        """Move backbone and tokenizer; returns itself."""
+        for part in (self.backbone, self.tokenizer):
+            if isinstance(part, nn.Module):
+                part.to(device)
+        return self
+
+    @torch.no_grad()
+    def logits(self, ids_BL: Tensor, class_labels: Labels | None) -> Tensor:
+        """Teacher forcing in one pass.
+
+        Args:
+            ids_BL: int64, in teacher order.
+            class_labels: int, list or LongTensor [B]; `num_classes`, and None, are the unconditional label.
+
+        Returns:
+            fp32 [B,L,V]; position i is predicted from the tokens of earlier steps.
+        """
+        if class_labels is None:
+            return self.forward(ids_BL.to(self.device), self.backbone.null_labels(len(ids_BL)))
+        labels = check_labels(class_labels, len(ids_BL), self.num_classes, self.device)
+        return self.forward(ids_BL.to(self.device), labels)
+
+    def forward(self, ids_BL: Tensor, labels: Any) -> Tensor:
+        """`logits` on checked labels and with gradients, for training."""
+        condition = self.backbone.condition(labels)
+        inputs = [condition.prefix_BPD, self.backbone.token_inputs(ids_BL[:, : self.length - self.steps[-1]])]
+        hidden = self.backbone.hidden(torch.cat(inputs, 1), mask_BP=condition.mask_BP)
+        return self.backbone.logits(hidden[:, -self.length :])
+
+    def generate(
+        self,
+        class_labels: Labels,
+        *,
+        guidance_scale: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        temperature: float = 1.0,
+        generator: Generators = None,
+    ) -> Tensor:
+        """Plain AR sampling.
+
+        Args:
+            class_labels: int, list or LongTensor [B].
+            guidance_scale: upstream's number (LlamaGen <= 1 and VAR 0 are off).
+            top_k: 0 is off, 1 is greedy.
+            top_p: 1.0 is off.
+            generator: one `torch.Generator`, a list of B, or None for torch's global one.
+
+        Returns:
+            ids int64 [B,L] in teacher order. Sample i depends on its own random numbers alone.
+
+        Raises:
+            ValueError: a label or an option is out of range.
+        """
+        if temperature <= 0:
+            raise ValueError(f"temperature must be above 0, got {temperature}; top_k=1 is greedy")
+        labels = check_labels(class_labels, None, self.num_classes, self.device)
+        recipe = Recipe(guidance_scale=guidance_scale, top_k=top_k, top_p=top_p)
+        if top_k == 1:
+            return self.walk(labels, argmax, recipe, temperature=temperature)
+        generators = per_sample_generators(generator, batch_size(labels))
+        uniforms_BL = torch.stack([torch.rand(self.length, generator=g) for g in generators])
+        return self.walk(labels, inverse_cdf(uniforms_BL), recipe, temperature=temperature)
+
+    @torch.no_grad()
+    def walk(
+        self,
+        labels: Any,
+        pick: Pick,
+        recipe: Recipe,
+        *,
+        temperature: float = 1.0,
+        resolved_BN: Tensor | None = None,
+        stop: int | None = None,
+    ) -> Tensor:
+        """The AR loop: emit tokens step by step, conditioned on all emitted before.
+
+        Args:
+            labels: checked labels [B] (or captions) on the teacher's device.
+            pick: turns log-probabilities into tokens.
+            recipe: guidance and filtering.
+            resolved_BN: ids of the tokens already emitted (N a step boundary); None is none.
+            stop: stop after so many tokens (a step boundary); None is L.
+
+        Returns:
+            ids int64 [B,stop], the resolved ones included.
+        """
+        backbone, batch = self.backbone, batch_size(labels)
+        begin = 0 if resolved_BN is None else resolved_BN.shape[1]
+        first, last = self.step_at(begin), self.step_at(self.length if stop is None else stop)
+        weights = [backbone.guidance_weight(recipe.guidance_scale, k) for k in range(len(self.steps))]
+        guided = any(w > 0 for w in weights)
+        copies = 2 if guided else 1
+
+        condition = backbone.condition(labels)
+        prefix, mask = condition.prefix_BPD, condition.mask_BP
+        if guided:
+            null = backbone.condition(backbone.unconditional(labels))
+            prefix = torch.cat([prefix, null.prefix_BPD])
+            mask = None if mask is None else mask.repeat(2, 1)
+        cache = backbone.new_cache(copies * batch)
+
+        ids = torch.empty(batch, sum(self.steps[:last]), dtype=torch.int64, device=self.device)
+        inputs, done, seen = prefix, 0, 0
+        if resolved_BN is not None and begin:
+            ids[:, :begin] = resolved_BN
+            done = begin
+            known = backbone.token_inputs(ids[:, :done])
+            seen = known.shape[1]
+            inputs = torch.cat([prefix, known.repeat(copies, 1, 1)], 1)
+        for step in range(first, last):
+            count = self.steps[step]
+            logits = backbone.logits(backbone.hidden(inputs, mask_BP=mask, cache=cache)[:, -count:])
+            if guided:
+                cond, uncond = logits.chunk(2)
+                logits = torch.lerp(uncond, cond, 1.0 + weights[step])
+            log_probs = filter_log_probs(logits, temperature=temperature, top_k=recipe.top_k, top_p=recipe.top_p)
+            ids[:, done : done + count] = pick(log_probs, done)
+            done += count
+            if step + 1 < last:
+                known = backbone.token_inputs(ids[:, :done], seen)
+                seen += known.shape[1]
+                inputs = known.repeat(copies, 1, 1)
+        return ids
+
+    def step_at(self, position: int) -> int:
+        """The AR step that begins at a token position; L gives the number of steps.
+
+        Raises:
+            ValueError: the position is no step boundary.
+        """
+        boundaries = [0]
+        for count in self.steps:
+            boundaries.append(boundaries[-1] + count)
+        if position not in boundaries:
+            raise ValueError(f"{position} is no step boundary of this teacher; those are {boundaries}")
+        return boundaries.index(position)
+
+
+def batch_size(labels: Any) -> int:
+    return len(labels[0]) if isinstance(labels, tuple) else len(labels)
+
+
+def check_labels(class_labels: Labels, batch: int | None, num_classes: int, device: torch.device) -> Any:
+    """Class labels as int64 [B] on `device`; a `(features, mask)` caption passes through.
+
+    Args:
+        class_labels: int (one sample, or repeated to `batch`), sequence of ints, or integer tensor [B].
+        batch: expected B; None takes what is given.
+
+    Raises:
+        ValueError: out of 0..num_classes (the last is unconditional), not integers, or another batch size.
+    """
+    if isinstance(class_labels, tuple) and class_labels and isinstance(class_labels[0], Tensor):
+        return tuple(part.to(device) for part in class_labels)
+    if isinstance(class_labels, int):
+        class_labels = [class_labels] * (batch or 1)
+    if isinstance(class_labels, Tensor):
+        labels = class_labels
+    else:
+        if not all(isinstance(label, int) and not isinstance(label, bool) for label in class_labels):
+            raise ValueError("class labels must be an int, a list of ints or an integer tensor [B]")
+        labels = torch.tensor(list(class_labels))
+    if labels.dim() == 0:
+        labels = labels.expand(batch or 1)
+    if labels.is_floating_point() or labels.dtype == torch.bool or labels.dim() != 1 or not len(labels):
+        raise ValueError("class labels must be an int, a list of ints or an integer tensor [B]")
+    if int(labels.min()) < 0 or int(labels.max()) > num_classes:
+        wrong = next(int(v) for v in labels if not 0 <= int(v) <= num_classes)
+        raise ValueError(f"class {wrong} is out of range: this model knows 0..{num_classes - 1}")
+    if batch is not None and len(labels) != batch:
+        raise ValueError(f"{len(labels)} class labels for a batch of {batch}")
+    return labels.to(device=device, dtype=torch.int64)

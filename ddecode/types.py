@@ -1,0 +1,133 @@
+"""The glossary: the protocols a model family implements and the results that models return.
+
+Shape letters, used as suffixes everywhere:
+    B batch, L token positions, P condition positions in front of them, N positions of one call, V codes,
+    C code width, D model width, H heads, K autoregressive steps.
+
+Positions are counted in tokens. `flow_time` runs from 0 (noise) to 1 (code); `start` is the number of tokens
+already resolved.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+Labels = int | Sequence[int] | Tensor
+Generators = torch.Generator | Sequence[torch.Generator] | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Condition:
+    """What a backbone makes of class labels (or captions)."""
+
+    prefix_BPD: Tensor
+    """The first P input vectors; the last of them predicts the first AR step."""
+    mask_BP: Tensor | None = None
+    """bool, False where a prefix position is padding; None means all are real."""
+    class_BD: Tensor | None = None
+    """The class vector alone, for heads that are modulated by it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """Both heads of a student, at all L positions."""
+
+    embeddings_BLC: Tensor
+    logits_BLV: Tensor
+
+
+class KeyValueCache:
+    """Keys and values of every layer, allocated once for the longest sequence.
+
+    Args:
+        depth: number of layers.
+        shape: (B, H, positions, head width).
+    """
+
+    def __init__(self, depth: int, shape: tuple[int, int, int, int], *, device: Any, dtype: torch.dtype) -> None:
+        self.keys = [torch.empty(shape, device=device, dtype=dtype) for _ in range(depth)]
+        self.values = [torch.empty(shape, device=device, dtype=dtype) for _ in range(depth)]
+        self.capacity = shape[2]
+        self.length = 0
+        """Positions already written by completed passes."""
+
+    def extend(self, layer: int, keys_BHNd: Tensor, values_BHNd: Tensor) -> tuple[Tensor, Tensor]:
+        """Write one layer's new positions behind `length`; return all written so far, [B,H,length+N,d]."""
+        stop = self.length + keys_BHNd.shape[2]
+        assert stop <= self.capacity, "the cache is full"
+        self.keys[layer][:, :, self.length : stop] = keys_BHNd
+        self.values[layer][:, :, self.length : stop] = values_BHNd
+        return self.keys[layer][:, :, :stop], self.values[layer][:, :, :stop]
+
+
+@runtime_checkable
+class Backbone(Protocol):
+    """A transformer that predicts image tokens; implement this to bring your own AR model.
+
+    A pass reads the P vectors of `condition` followed by the vectors of the tokens, and the prediction for token i
+    stands at position P - 1 + i. Tokens of one AR step never see each other's outcome.
+    """
+
+    steps: tuple[int, ...]
+    """Tokens per AR step; they sum to L."""
+    width: int
+    depth: int
+    vocab_size: int
+    num_classes: int
+    """Label `num_classes` is the unconditional one."""
+
+    def condition(self, labels: Any) -> Condition:
+        """Labels int64 [B] (or captions) to condition vectors."""
+
+    def unconditional(self, labels: Any) -> Any:
+        """Labels of the same form and batch that stand for no condition."""
+
+    def null_labels(self, batch: int) -> Any:
+        """`batch` labels that stand for no condition."""
+
+    def guidance_weight(self, scale: float, step: int) -> float:
+        """w of AR step `step` in `logits = cond + w (cond - uncond)`, for upstream's guidance scale; 0 is off."""
+
+    def token_inputs(self, ids_BN: Tensor, seen: int = 0) -> Tensor:
+        """Input vectors [B,M,D] of the positions that N resolved tokens make known, less the first `seen` of them."""
+
+    def vector_inputs(self, sequence_BLC: Tensor) -> Tensor:
+        """Input vectors [B,L,D] of a student's sequence of codes and noise; only students have it."""
+
+    def new_cache(self, batch: int) -> KeyValueCache:
+        """An empty cache for `batch` rows of P + L positions."""
+
+    def hidden(
+        self,
+        inputs_BND: Tensor,
+        *,
+        mask_BP: Tensor | None = None,
+        cache: KeyValueCache | None = None,
+        residuals: Sequence[Tensor] | None = None,
+    ) -> Tensor:
+        """Hidden states [B,N,D] before the final norm.
+
+        With a cache the N vectors stand behind those cached. `residuals`, one [B,N,D] per block, are added inside
+        the block, between attention and feed-forward.
+        """
+
+    def logits(self, hidden_BND: Tensor) -> Tensor:
+        """Hidden states to fp32 logits [B,N,V]."""
+
+
+@runtime_checkable
+class Tokenizer(Protocol):
+    """Images to tokens and back."""
+
+    @property
+    def codebook_VC(self) -> Tensor:
+        """The codebook that `decode` uses, fp32."""
+
+    def encode(self, images_B3HW: Tensor) -> Tensor:
+        """fp32 images in [-1,1] to ids int64 [B,L] in teacher order."""
+
+    def decode(self, tokens: Tensor) -> Tensor:
+        """Ids int64 [B,L] or embeddings [B,L,C] to fp32 images [B,3,H,W], nominally in [-1,1]."""

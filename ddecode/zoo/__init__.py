@@ -1,0 +1,1 @@
+"""The bundled models and feature networks: package data, read through `ddecode.checkpoint`."""

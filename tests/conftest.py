@@ -1,0 +1,51 @@
+"""Fixtures that several files share; no test reaches the network."""
+
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny import make_pipeline, make_scale_teacher, make_student, make_teacher, save_tiny
+
+from ddecode.pipeline import DistilledPipeline
+from ddecode.student import Student
+from ddecode.teacher import Teacher
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("a test reached for the network")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+
+
+@pytest.fixture(scope="session")
+def teacher() -> Teacher:
+    """Shared: do not change it."""
+    return make_teacher()
+
+
+@pytest.fixture(scope="session")
+def scale_teacher() -> Teacher:
+    """Several tokens a step. Shared: do not change it."""
+    return make_scale_teacher()
+
+
+@pytest.fixture(scope="session")
+def student(teacher: Teacher) -> Student:
+    """Starts 0 and 4, tokens before position 10 and continuous vectors after it. Shared: do not change it."""
+    return make_student(teacher, split=10)
+
+
+@pytest.fixture(scope="session")
+def pipe() -> DistilledPipeline:
+    """Shared: do not change it."""
+    return make_pipeline()
+
+
+@pytest.fixture(scope="session")
+def model(pipe: DistilledPipeline, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`pipe` as a folder. Shared: do not change it."""
+    return save_tiny(tmp_path_factory.mktemp("models") / "tiny", pipe)

@@ -1,0 +1,139 @@
+"""The pipeline: forms of its output, where its randomness comes from, what it refuses, and its way to disk and back."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny import C, L, make_pipeline, save_tiny, seeded
+
+from ddecode.pipeline import DistilledPipeline, to_uint8
+from ddecode.plan import parse_plan
+from ddecode.teacher import Recipe, Teacher
+
+
+def test_the_same_images_in_every_form(pipe: DistilledPipeline) -> None:
+    outputs: dict[str, Any] = {
+        form: pipe([3, 1, 2], generator=seeded(0), output_type=form).images for form in ("pil", "np", "pt", "latent")
+    }
+    latent = outputs["latent"]
+    assert latent.shape == (3, L, C) and latent.dtype == torch.float32
+    decoded = pipe.tokenizer.decode(latent)
+    assert decoded.abs().max() > 1, "this decoder does not clamp, so the test can tell who does"
+    clamped = decoded.clamp(-1, 1)
+    assert outputs["np"].shape == (3, 8, 8, 3) and outputs["np"].dtype == np.uint8
+    expected = ((clamped + 1) * 127.5).round().permute(0, 2, 3, 1).numpy().astype(np.uint8)
+    np.testing.assert_array_equal(outputs["np"], expected)
+    assert outputs["pt"].dtype == torch.float32
+    torch.testing.assert_close(outputs["pt"], (clamped + 1) / 2)
+    assert [type(image) for image in outputs["pil"]] == [Image.Image] * 3
+    np.testing.assert_array_equal(np.stack([np.asarray(image) for image in outputs["pil"]]), outputs["np"])
+    assert isinstance(pipe(0).images[0], Image.Image)
+
+
+def test_rounding() -> None:
+    x = torch.tensor([-2.0, -1.0, -1 + 0.49 / 127.5, -1 + 0.51 / 127.5, 0.001, 1.0, 7.0]).view(1, 1, 1, 7)
+    assert to_uint8(x.expand(1, 3, 1, 7))[0, 0, :, 0].tolist() == [0, 0, 0, 1, 128, 255, 255]
+
+
+@pytest.mark.parametrize("plan", ["student:0-16,student:4-16", "teacher:0-16", "student:0-4,teacher:4-9,teacher:9-16"])
+def test_image_i_depends_on_its_own_generator_alone(pipe: DistilledPipeline, plan: str) -> None:
+    together = pipe([0, 1, 2], plan=plan, generator=[seeded(i) for i in range(3)], output_type="latent").images
+    for i in range(3):
+        alone = pipe(i, plan=plan, generator=seeded(i), output_type="latent").images
+        torch.testing.assert_close(together[i : i + 1], alone, atol=1e-5, rtol=1e-4)
+
+
+def test_one_generator_draws_the_noise_sample_by_sample(pipe: DistilledPipeline) -> None:
+    g = seeded(5)
+    noise = torch.stack([torch.randn(L, C, generator=g) for _ in range(3)])
+    prediction = pipe.student.predict(noise, [0, 1, 2])
+    expected = pipe.student.codebook_VC[prediction.logits_BLV.argmax(-1)]
+    torch.testing.assert_close(pipe([0, 1, 2], generator=seeded(5), output_type="latent").images, expected)
+    torch.testing.assert_close(pipe([0], generator=seeded(5), output_type="latent").images, expected[:1])
+
+
+def test_without_generator_torchs_own_serves(pipe: DistilledPipeline) -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        images = pipe([0, 1], output_type="latent").images
+    assert torch.equal(images, pipe([0, 1], generator=seeded(3), output_type="latent").images)
+
+
+def test_step_numbers_are_short_for_plans(pipe: DistilledPipeline) -> None:
+    def images(**options: Any) -> torch.Tensor:
+        return pipe([2, 0], generator=seeded(1), output_type="latent", **options).images
+
+    assert torch.equal(images(), images(num_inference_steps=1))
+    assert torch.equal(images(), images(plan="student:0-16"))
+    assert torch.equal(images(num_inference_steps=2), images(plan="student:0-16,student:4-16"))
+    assert torch.equal(images(num_inference_steps="teacher"), images(plan="teacher:0-16"))
+    assert torch.equal(images(num_inference_steps=2), images(plan=pipe.plan(2)))
+    assert pipe([2], num_inference_steps=2).network_evaluations == 2
+    assert pipe([2], plan="student:0-4,teacher:4-9,teacher:9-16").network_evaluations == 13
+
+
+def test_teacher_spans_follow_the_recipe() -> None:
+    pipe = make_pipeline()
+    greedy = DistilledPipeline(tokenizer=pipe.tokenizer, teacher=pipe.teacher, recipe=Recipe(top_k=1))
+    ids = pipe.teacher.generate([0, 1], top_k=1)
+    images = greedy([0, 1], num_inference_steps="teacher", output_type="latent").images
+    assert torch.equal(images, pipe.teacher.codebook_VC[ids])
+    assert pipe.recipe == pipe.teacher.recipe
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_inference_steps": 1, "plan": "student:0-16"}, "not both"),
+        ({"num_inference_steps": 3}, "1 to 2 steps"),
+        ({"num_inference_steps": 0}, "1 to 2 steps"),
+        ({"num_inference_steps": True}, "num_inference_steps"),
+        ({"num_inference_steps": 1.0}, "num_inference_steps"),
+        ({"num_inference_steps": "two"}, "num_inference_steps"),
+        ({"plan": "student:0-8"}, "ends at 8"),
+        ({"plan": "large:0-16"}, "no model 'large'"),
+        ({"plan": parse_plan("student:0-8", 8)}, "8"),
+        ({"output_type": "jpeg"}, "pil, np, pt, latent"),
+        ({"class_labels": [0, 7]}, "class 7 is out of range: this model knows 0..3"),
+        ({"class_labels": -1}, "class -1"),
+        ({"generator": [seeded(0)]}, "1 generators for 2 samples"),
+    ],
+    ids=str,
+)
+def test_wrong_input_is_refused(pipe: DistilledPipeline, options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        pipe(**{"class_labels": [0, 1]} | options)
+
+
+def test_a_pipeline_without_one_of_its_models_says_so(teacher: Teacher, pipe: DistilledPipeline) -> None:
+    with pytest.raises(ValueError, match="needs a student or a teacher"):
+        DistilledPipeline(tokenizer=teacher.tokenizer)
+    with pytest.raises(ValueError, match="no student"):
+        DistilledPipeline(tokenizer=teacher.tokenizer, teacher=teacher)(0)
+    with pytest.raises(ValueError, match="no teacher"):
+        DistilledPipeline(tokenizer=teacher.tokenizer, student=pipe.student)(0, num_inference_steps="teacher")
+
+
+def test_to_disk_and_back(pipe: DistilledPipeline, model: Path) -> None:
+    again = DistilledPipeline.from_pretrained(model)
+    assert not any(part.training for part in (again.student, again.teacher.backbone, again.tokenizer))
+    assert again.recipe == pipe.recipe and again.student.starts == (0, 4)
+    for steps in (1, 2, "teacher"):
+        a, b = (
+            p([0, 3], num_inference_steps=steps, generator=seeded(2), output_type="pt").images for p in (pipe, again)
+        )
+        assert torch.equal(a, b)
+    assert torch.equal(
+        pipe([1], generator=seeded(0), output_type="latent").images,
+        DistilledPipeline.from_pretrained(str(model))([1], generator=seeded(0), output_type="latent").images,
+    )
+
+
+def test_a_model_may_have_a_teacher_alone(pipe: DistilledPipeline, tmp_path: Path) -> None:
+    alone = DistilledPipeline(tokenizer=pipe.tokenizer, teacher=pipe.teacher)
+    again = DistilledPipeline.from_pretrained(save_tiny(tmp_path / "teacher", alone))
+    assert again.student is None and list(again.models) == ["teacher"]
+    assert again([0], num_inference_steps="teacher", output_type="np").images.shape == (1, 8, 8, 3)

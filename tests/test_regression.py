@@ -1,0 +1,223 @@
+"""DD1's objective: its terms and weights, where its gradients go, and the distance between distributions."""
+
+from typing import Any
+
+import pytest
+import torch
+from tiny import C, L, V, make_student, scramble, seeded
+from torch import Tensor
+from torch.nn import functional as F
+
+from ddecode.config import RegressionConfig
+from ddecode.evaluation.features import FeatureNetwork, perceptual_distance
+from ddecode.objectives.regression import RegressionObjective, emitted, energy_distance, standardise
+from ddecode.student import Student
+from ddecode.teacher import Teacher
+
+NOISE = torch.randn(8, L, C, generator=seeded(0))
+IDS = torch.randint(V, (8, L), generator=seeded(1))
+LABELS = torch.arange(8) % 2
+
+
+@pytest.fixture(scope="module")
+def features() -> FeatureNetwork:
+    network = FeatureNetwork(widths=(4, 8), blocks=1, num_classes=4)
+    scramble(network, 7)
+    return network.eval().requires_grad_(False)
+
+
+def loss_of(objective: RegressionObjective, seed: int = 0, **options: Any) -> tuple[Tensor, dict[str, Tensor]]:
+    return objective(NOISE, IDS, LABELS, generator=seeded(seed), **options)
+
+
+def test_the_terms_are_their_formulas_and_add_up_by_weight(teacher: Teacher) -> None:
+    student = make_student(teacher, starts=(0,))
+    prediction = student.predict(NOISE, LABELS)
+    cross_entropy = F.cross_entropy(prediction.logits_BLV.flatten(0, 1), IDS.flatten()).item()
+    squared = (prediction.embeddings_BLC - student.codebook_VC[IDS]).square().sum(-1).mean().item()
+    for logits, embeddings in ((1.0, 0.0), (0.0, 1.0), (0.3, 2.0)):
+        loss, metrics = loss_of(
+            RegressionObjective(student, None, RegressionConfig(logits=logits, embeddings=embeddings))
+        )
+        assert loss.item() == pytest.approx(logits * cross_entropy + embeddings * squared, rel=1e-4)
+        assert metrics["cross_entropy"].item() == pytest.approx(cross_entropy, rel=1e-4)
+        assert metrics["embedding_error"].item() == pytest.approx(squared, rel=1e-4)
+        accuracy = (prediction.logits_BLV.argmax(-1) == IDS).float().mean().item()
+        assert metrics["accuracy"].item() == pytest.approx(accuracy)
+
+
+def test_image_terms_add_up_by_weight(teacher: Teacher, features: FeatureNetwork) -> None:
+    student = make_student(teacher, starts=(0,), split=6)
+    base, _ = loss_of(RegressionObjective(student, features, RegressionConfig()))
+    config = RegressionConfig(perceptual=0.7, energy=0.2)
+    loss, metrics = loss_of(RegressionObjective(student, features, config))
+    assert loss.item() - base.item() == pytest.approx(
+        0.7 * metrics["perceptual"].item() + 0.2 * metrics["energy"].item(), rel=1e-3
+    )
+    sequence = student.emit(NOISE, LABELS, 0, L)
+    with torch.no_grad():
+        ours, theirs = (teacher.tokenizer.decode(x) for x in (sequence, student.codebook_VC[IDS]))
+        expected = perceptual_distance(features, ours, theirs).mean()
+    assert metrics["perceptual"].item() == pytest.approx(expected.item(), rel=1e-3)
+
+
+def test_few_images_are_enough_for_the_image_terms(teacher: Teacher, features: FeatureNetwork) -> None:
+    student = make_student(teacher, starts=(0,), split=6)
+    config = RegressionConfig(perceptual=1.0, image_batch=4)
+    _, metrics = loss_of(RegressionObjective(student, features, config))
+    with torch.no_grad():
+        ours = teacher.tokenizer.decode(student.emit(NOISE[:4], LABELS[:4], 0, L))
+        theirs = teacher.tokenizer.decode(IDS[:4])
+        expected = perceptual_distance(features, ours, theirs).mean()
+    assert metrics["perceptual"].item() == pytest.approx(expected.item(), rel=1e-3)
+
+
+def test_image_terms_may_begin_late(teacher: Teacher, features: FeatureNetwork) -> None:
+    objective = RegressionObjective(make_student(teacher), features, RegressionConfig(perceptual={0.5: 1.0}))
+    assert "perceptual" not in loss_of(objective, progress=0.4)[1]
+    assert "perceptual" in loss_of(objective, progress=0.5)[1]
+
+
+def test_the_own_prefix_is_what_sampling_in_two_steps_keeps(
+    teacher: Teacher, features: FeatureNetwork, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With every sample's prefix its own, the decoded batch is that of the plan with a second pass."""
+    student = make_student(teacher, starts=(0, 4), split=L)
+    config = RegressionConfig(logits=0.0, energy=1.0, own_prefix=1.0)
+    objective = RegressionObjective(student, features, config)
+    decoded = []
+    monkeypatch.setattr(
+        objective, "image_terms", lambda e, *rest: (decoded.append(e), (torch.zeros(8), torch.zeros(())))[1]
+    )
+    loss_of(objective)
+    first = student.emit(NOISE, LABELS, 0, L)
+    second = student.emit(torch.cat([first[:, :4], NOISE[:, 4:]], 1), LABELS, 4, L)
+    two_steps = torch.cat([first[:, :4], second], 1)
+    is_first = [torch.allclose(row, ours, atol=1e-5) for row, ours in zip(decoded[0], first, strict=True)]
+    is_second = [torch.allclose(row, ours, atol=1e-5) for row, ours in zip(decoded[0], two_steps, strict=True)]
+    assert all(a or b for a, b in zip(is_first, is_second, strict=True))
+    assert not all(is_first) and not all(is_second)
+
+
+def test_the_own_prefix_takes_no_part_in_the_cross_entropy(teacher: Teacher, features: FeatureNetwork) -> None:
+    """Its targets would belong to another prefix: with it, only the samples that start from noise are counted."""
+    student = make_student(teacher, starts=(0, 4), split=L)
+    own = loss_of(RegressionObjective(student, features, RegressionConfig(energy=1.0, own_prefix=1.0)))[1]
+    starts = torch.tensor([0, 4])[torch.randint(2, (8,), generator=seeded(0))]
+    logits = student.predict(NOISE, LABELS).logits_BLV[starts == 0]
+    expected = F.cross_entropy(logits.flatten(0, 1), IDS[starts == 0].flatten())
+    assert own["cross_entropy"].item() == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_image_terms_without_a_network_are_refused(student: Student) -> None:
+    for config in (RegressionConfig(perceptual=1.0), RegressionConfig(energy=1.0)):
+        with pytest.raises(ValueError, match="need a feature network"):
+            RegressionObjective(student, None, config)
+
+
+@pytest.mark.parametrize("config", [RegressionConfig(embeddings=1.0), RegressionConfig(perceptual=1.0, energy=1.0)])
+def test_gradients_reach_both_heads_the_input_and_the_indicator(
+    config: RegressionConfig, teacher: Teacher, features: FeatureNetwork
+) -> None:
+    student = make_student(teacher, split=6)
+    loss, _ = loss_of(RegressionObjective(student, features, config))
+    loss.backward()
+    for name, parameter in student.named_parameters():
+        assert parameter.grad is not None and parameter.grad.isfinite().all(), name
+        assert parameter.grad.abs().max() > 0, name
+    assert not any(p.requires_grad for p in features.parameters())
+
+
+def test_image_terms_alone_reach_the_logits_through_the_argmax(teacher: Teacher, features: FeatureNetwork) -> None:
+    student = make_student(teacher, split=L)
+    loss, _ = loss_of(RegressionObjective(student, features, RegressionConfig(logits=0.0, perceptual=1.0)))
+    loss.backward()
+    assert student.backbone.output.weight.grad.abs().max() > 0
+
+
+def test_what_is_emitted_in_training_is_what_sampling_emits(teacher: Teacher) -> None:
+    for split in (0, 6, L):
+        student = make_student(teacher, split=split)
+        prediction = student.predict(NOISE, LABELS)
+        sequence = emitted(student, prediction.logits_BLV, prediction.embeddings_BLC)
+        torch.testing.assert_close(sequence, student.emit(NOISE, LABELS, 0, L), atol=1e-5, rtol=1e-4)
+
+
+def test_resolved_positions_do_not_enter_the_loss(teacher: Teacher, features: FeatureNetwork) -> None:
+    """With start 4 alone, noise before it is not read, and the heads' outputs there do not count."""
+    student = make_student(teacher, starts=(4,), split=10)
+    config = RegressionConfig(embeddings=1.0, perceptual=1.0, energy=1.0)
+    objective = RegressionObjective(student, features, config)
+    loss, metrics = loss_of(objective)
+    noise = NOISE.clone()
+    noise[:, :4] += 5
+    assert objective(noise, IDS, LABELS, generator=seeded(0))[0].item() == loss.item()
+
+    sequence = torch.cat([student.codebook_VC[IDS[:, :4]], NOISE[:, 4:]], 1)
+    prediction = student.predict(sequence, LABELS, start=4)
+    expected = F.cross_entropy(prediction.logits_BLV[:, 4:].flatten(0, 1), IDS[:, 4:].flatten())
+    assert metrics["cross_entropy"].item() == pytest.approx(expected.item(), rel=1e-4)
+    gaps = (prediction.embeddings_BLC - student.codebook_VC[IDS]).square().sum(-1)
+    assert metrics["embedding_error"].item() == pytest.approx(gaps[:, 4:].mean().item(), rel=1e-4)
+    emitted_BLC = torch.cat([sequence[:, :4], student.emit(sequence, LABELS, 4, L)], 1)
+    with torch.no_grad():
+        ours, theirs = (teacher.tokenizer.decode(x) for x in (emitted_BLC, student.codebook_VC[IDS]))
+        gap = perceptual_distance(features, ours, theirs).mean()
+    assert metrics["perceptual"].item() == pytest.approx(gap.item(), rel=1e-3)
+
+
+def test_starts_are_drawn_from_the_generator_alone(teacher: Teacher) -> None:
+    objective = RegressionObjective(make_student(teacher, starts=(0, 4, 9)), None, RegressionConfig())
+    losses = [loss_of(objective, seed=seed)[0].item() for seed in (0, 0, 1)]
+    assert losses[0] == losses[1] != losses[2]
+
+
+def draw(count: int, seed: int, shift: float = 0.0, scale: float = 1.0) -> Tensor:
+    return shift + scale * torch.randn(count, 5, generator=seeded(seed))
+
+
+def full_energy(ours: Tensor, theirs: Tensor, labels: Tensor) -> float:
+    """With the constant E|y - y'| put back: 0 in expectation for equal distributions."""
+    constant = (torch.cdist(theirs, theirs) * off_diagonal(labels)).sum() / off_diagonal(labels).sum()
+    return (energy_distance(ours, theirs, labels) - constant).item()
+
+
+def off_diagonal(labels: Tensor) -> Tensor:
+    return ((labels[:, None] == labels) & ~torch.eye(len(labels), dtype=torch.bool)).float()
+
+
+def test_energy_distance_is_unbiased_and_tells_distributions_apart() -> None:
+    labels = torch.arange(24) % 3
+    by_class = labels[:, None].float() * 3
+    equal = torch.tensor(
+        [full_energy(draw(24, s) + by_class, draw(24, 900 + s) + by_class, labels) for s in range(150)]
+    )
+    error = (equal.std() / len(equal) ** 0.5).item()
+    assert abs(equal.mean().item()) < 3.5 * error
+    for change in ({"shift": 0.5}, {"scale": 0.5}, {"scale": 1.7}):
+        other = [full_energy(draw(24, s, **change) + by_class, draw(24, 900 + s) + by_class, labels) for s in range(60)]
+        assert sum(other) / 60 > 10 * error, change
+
+
+def test_energy_distance_is_its_formula_and_leaves_other_classes_and_the_own_pair_out() -> None:
+    ours, theirs, labels = draw(6, 0), draw(6, 1), torch.tensor([0, 1, 0, 1, 0, 2])
+    pairs = [(i, j) for i in range(6) for j in range(6) if i != j and labels[i] == labels[j]]
+    across = sum((ours[i] - theirs[j]).norm() for i, j in pairs) / len(pairs)
+    within = sum((ours[i] - ours[j]).norm() for i, j in pairs) / len(pairs)
+    torch.testing.assert_close(energy_distance(ours, theirs, labels), 2 * across - within)
+
+
+def test_energy_distance_has_finite_gradients_at_equal_samples() -> None:
+    ours = torch.zeros(4, 5, requires_grad=True)
+    energy_distance(ours, torch.zeros(4, 5), torch.zeros(4)).backward()
+    assert ours.grad is not None and ours.grad.isfinite().all()
+
+
+def test_energy_distance_of_classes_with_one_sample_each_is_zero() -> None:
+    assert energy_distance(draw(3, 0), draw(3, 1), torch.arange(3)).item() == 0
+
+
+def test_standardise_measures_in_spreads_of_the_second() -> None:
+    ours, theirs = standardise(draw(50, 0) * 10, draw(50, 1) * torch.tensor([1.0, 10, 100, 1000, 1e4]))
+    torch.testing.assert_close(theirs.std(0) * 5**0.5, torch.ones(5), atol=2e-3, rtol=0)
+    assert ours[:, 4].abs().max() < 0.1

@@ -1,0 +1,82 @@
+"""The bundled model: it loads by name, its parts belong together, and the demo and the README run on it."""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from ddecode import DistilledPipeline, load_teacher
+from ddecode.checkpoint import ModelFolder, bundled_models, zoo_folder
+from ddecode.config import DistillConfig, read_config
+from ddecode.demo import DemoSize, run_demo
+from ddecode.evaluation.zoo import Judge, evaluate
+
+ROOT = Path(__file__).parent.parent
+NAME = "fashion-llamagen"
+
+
+@pytest.fixture(scope="module")
+def pipe() -> DistilledPipeline:
+    return DistilledPipeline.from_pretrained(NAME)
+
+
+def test_the_bundled_model_is_small_and_complete() -> None:
+    assert NAME in bundled_models()
+    folder = zoo_folder() / NAME
+    assert sum(path.stat().st_size for path in folder.iterdir()) < 20e6
+    assert all(ModelFolder.open(NAME).has(part) for part in ("tokenizer", "teacher", "student"))
+    assert (folder / "README.md").read_text().startswith("#")
+
+
+def test_its_recipe_is_the_one_in_configs() -> None:
+    assert (zoo_folder() / NAME / "recipe.yaml").read_text() == (ROOT / "configs" / f"{NAME}.yaml").read_text()
+
+
+def test_tokenizer_round_trip_keeps_most_tokens(pipe: DistilledPipeline) -> None:
+    """Tokens of a decoded image are mostly found again: encoder, codebook and decoder belong together."""
+    ids = load_teacher(NAME).generate(list(range(10)), guidance_scale=1.5, generator=torch.Generator().manual_seed(0))
+    images = pipe.tokenizer.decode(ids)
+    assert torch.equal(images[:, 0], images[:, 1])
+    assert (pipe.tokenizer.encode(images) == ids).float().mean() > 0.5
+
+
+def test_student_is_far_better_than_independent_tokens(pipe: DistilledPipeline) -> None:
+    """A coarse guard at n = 400 of the figures in the README, which `ddecode eval` measures at 5000."""
+    judge = Judge.open(zoo_folder() / "features" / "fashion-eval")
+    plans = {"1": pipe.plan(1), "2": pipe.plan(2)}
+    result = evaluate(pipe, plans, judge, model=NAME, num=400, show_progress=False)
+    rows = {row.plan: row for row in result.rows}
+    assert rows["control"].control_share == pytest.approx(1.0)
+    for name in ("1", "2"):
+        assert rows[name].control_share is not None and rows[name].control_share < 0.15
+        assert rows[name].accuracy > rows["teacher"].accuracy - 0.06
+
+
+def test_demo_writes_a_report_that_needs_no_network(tmp_path: Path) -> None:
+    config = read_config(zoo_folder() / NAME / "recipe.yaml", DistillConfig)
+    size = DemoSize(pairs=40, steps=3, batch=8, samples=40, repeats=1)
+    report = run_demo(config, tmp_path / "demo", size)
+    text = report.read_text()
+    assert text.count("data:image/png;base64,") == 4
+    assert "http" not in text
+    assert set(json.loads((tmp_path / "demo" / "demo.json").read_text())) == {"rows", "timing"}
+    with pytest.raises(ValueError, match="not empty"):
+        run_demo(config, tmp_path / "demo", size)
+
+
+def test_readme_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    assert blocks
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), {"__name__": "readme"})
+
+
+def test_samples_depend_on_seed_and_index_alone(pipe: DistilledPipeline) -> None:
+    generators = [torch.Generator().manual_seed(s) for s in (1, 2, 3)]
+    three = pipe([0, 1, 2], generator=generators, output_type="np").images
+    alone = pipe([1], generator=[torch.Generator().manual_seed(2)], output_type="np").images
+    assert np.abs(three[1].astype(int) - alone[0].astype(int)).max() <= 1

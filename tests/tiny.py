@@ -1,0 +1,194 @@
+"""Tiny random models for tests: a LlamaGen family member of 16 tokens, and a backbone with several tokens a step.
+
+B batch, L token positions, N positions of one call, V codes, C code width, D model width.
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ddecode.checkpoint import save_model
+from ddecode.pipeline import DistilledPipeline
+from ddecode.student import Student
+from ddecode.teacher import Recipe, Teacher
+from ddecode.types import Condition, KeyValueCache
+from third_party_loaders import llamagen
+
+TOKENIZER = {
+    "vocab_size": 32, "code_width": 8, "channels": 32, "channel_mult": [1, 1], "res_blocks": 1, "z_channels": 32,
+}  # fmt: skip
+BACKBONE = {"vocab_size": 32, "width": 32, "depth": 2, "heads": 2, "tokens": 16, "num_classes": 4}
+RECIPE = Recipe(guidance_scale=1.5, top_k=8)
+L, C, V = 16, 8, 32
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def scramble(module: nn.Module, seed: int) -> None:
+    """Weights that make every part matter: a fresh transformer's output head would be zero."""
+    g = seeded(seed)
+    for name, parameter in module.named_parameters():
+        noise = torch.randn(parameter.shape, generator=g)
+        if parameter.dim() == 1:
+            parameter.data = noise / 10 if name.endswith("bias") else 1 + noise / 10
+        elif "embed" in name or "table" in name:
+            parameter.data = noise
+        else:
+            parameter.data = noise / parameter[0].numel() ** 0.5
+        if name.endswith("output.weight"):
+            parameter.data *= 2
+
+
+def make_tokenizer(seed: int = 0) -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        tokenizer = llamagen.build_tokenizer(llamagen.TokenizerConfig(**TOKENIZER), None)
+    return tokenizer.requires_grad_(False)
+
+
+def make_teacher(seed: int = 0, recipe: Recipe = RECIPE, **sizes: Any) -> Teacher:
+    with torch.random.fork_rng():
+        teacher = llamagen.build_teacher(
+            llamagen.BackboneConfig(**BACKBONE | sizes), make_tokenizer(seed), None, recipe
+        )
+    scramble(teacher.backbone, seed + 1)
+    return teacher
+
+
+def make_student(
+    teacher: Teacher, *, seed: int = 0, starts: tuple[int, ...] = (0, 4), split: int = L, depth: int | None = None
+) -> Student:
+    with torch.random.fork_rng():
+        student = llamagen.build_student(
+            llamagen.student_config(teacher, depth), teacher.tokenizer, None, starts=starts, split=split
+        )
+    scramble(student, seed + 2)
+    return student
+
+
+def make_pipeline(**student_options: Any) -> DistilledPipeline:
+    teacher = make_teacher()
+    return DistilledPipeline(
+        tokenizer=teacher.tokenizer, teacher=teacher, student=make_student(teacher, **student_options)
+    )
+
+
+def model_config(student: Student | None) -> dict[str, Any]:
+    """The `config.json` of a tiny model."""
+    config = {
+        "family": "llamagen",
+        "features": "fashion-eval",
+        "tokenizer": TOKENIZER,
+        "teacher": {"backbone": BACKBONE, "recipe": dataclasses.asdict(RECIPE)},
+    }
+    if student is not None:
+        config["student"] = {"backbone": BACKBONE | {"code_width": C}, "starts": student.starts, "split": student.split}
+    return config
+
+
+def save_tiny(folder: Path, pipe: DistilledPipeline, dtype: torch.dtype = torch.float32) -> Path:
+    parts = {"tokenizer": pipe.tokenizer, "teacher": pipe.teacher.backbone}
+    if pipe.student is not None:
+        parts["student"] = pipe.student
+    save_model(folder, model_config(pipe.student), parts, dtype=dtype)
+    return folder
+
+
+def distill_recipe(model: Path) -> dict[str, Any]:
+    """A distillation of a few steps, as `read_config` takes it."""
+    return {
+        "teacher": str(model),
+        "pairs": {"num": 20, "seed": 3, "batch": 5, "shard_size": 8, "num_steps": 8},
+        "student": {"starts": [0, 4], "split": 10},
+        "objective": {"logits": 1.0, "embeddings": 0.5},
+        "training": {
+            "steps": 6, "batch": 4, "lr": 1.0e-3, "warmup_steps": 2,
+            "log_every": 1, "save_every": 2, "preview_every": 3,
+        },
+    }  # fmt: skip
+
+
+def write_yaml(path: Path, tree: dict[str, Any]) -> Path:
+    path.write_text(json.dumps(tree))  # JSON is YAML
+    return path
+
+
+def tree_of(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder with its content."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+class ScaleBackbone(nn.Module):
+    """A `Backbone` of steps of several tokens: every position sees the mean of all steps up to its own.
+
+    The vectors of step k + 1 are made of the mean of all tokens of the steps before it.
+    """
+
+    steps = (1, 3, 4)
+    width, depth, vocab_size, num_classes = 6, 1, 12, 3
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        g = seeded(seed)
+        self.labels = nn.Parameter(torch.randn(self.num_classes + 1, self.width, generator=g))
+        self.table = nn.Parameter(torch.randn(self.vocab_size, self.width, generator=g))
+        self.places = nn.Parameter(torch.randn(sum(self.steps), self.width, generator=g))
+        self.head = nn.Parameter(2 * torch.randn(self.width, self.vocab_size, generator=g))
+        self.step_of_place = torch.tensor([k for k, n in enumerate(self.steps) for _ in range(n)])
+
+    def condition(self, labels: Tensor) -> Condition:
+        return Condition(prefix_BPD=self.labels[labels][:, None])
+
+    def unconditional(self, labels: Tensor) -> Tensor:
+        return torch.full_like(labels, self.num_classes)
+
+    def guidance_weight(self, scale: float, step: int) -> float:
+        return scale * step / (len(self.steps) - 1)
+
+    def token_inputs(self, ids_BN: Tensor, seen: int = 0) -> Tensor:
+        parts, done = [], 0
+        for count, following in zip(self.steps, self.steps[1:], strict=False):
+            done += count
+            if done <= ids_BN.shape[1]:
+                parts.append(self.table[ids_BN[:, :done]].mean(1, keepdim=True).expand(-1, following, -1))
+        return torch.cat(parts, 1)[:, seen:]
+
+    def vector_inputs(self, sequence_BLC: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def new_cache(self, batch: int) -> KeyValueCache:
+        shape = (batch, 1, sum(self.steps), self.width)
+        return KeyValueCache(1, shape, device="cpu", dtype=torch.float32)
+
+    def hidden(
+        self, inputs_BND: Tensor, *, mask_BP: Any = None, cache: KeyValueCache | None = None, residuals: Any = None
+    ) -> Tensor:
+        seen = 0 if cache is None else cache.length
+        stop = seen + inputs_BND.shape[1]
+        values = inputs_BND
+        if cache is not None:
+            values = cache.extend(0, inputs_BND[:, None], inputs_BND[:, None])[1][:, 0]
+            cache.length = stop
+        visible = self.step_of_place[seen:stop, None] >= self.step_of_place[None, :stop]
+        mean = (visible.float() / visible.sum(1, keepdim=True)) @ values
+        return torch.tanh(mean + self.places[seen:stop])
+
+    def logits(self, hidden_BND: Tensor) -> Tensor:
+        return hidden_BND @ self.head
+
+
+class ScaleTokenizer:
+    """A codebook, no images."""
+
+    def __init__(self, seed: int) -> None:
+        self.codebook_VC = torch.randn(ScaleBackbone.vocab_size, 4, generator=seeded(seed))
+
+
+def make_scale_teacher(seed: int = 0) -> Teacher:
+    return Teacher(ScaleBackbone(seed), ScaleTokenizer(seed), family="toy")
