@@ -1,7 +1,9 @@
 """Our directory format, the bundled models and the hub: from a model's name to its parts.
 
 A model is a folder with `config.json` (family, sizes, recipe, starts) and `model.safetensors`, whose keys carry the
-prefixes `tokenizer.`, `teacher.` and `student.`; teacher or student may be absent.
+prefixes `tokenizer.`, `teacher.` and `student.`; teacher or student may be absent. The config's group `others` names
+further models of the same tokens, for plans that stitch teachers. In a converted model the tokenizer may be absent
+too, and `upstream.PART.` holds what only upstream's files carry: see `ddecode.conversion`.
 """
 
 import hashlib
@@ -24,7 +26,7 @@ from ddecode.student import Student
 from ddecode.teacher import Recipe, Teacher
 from ddecode.types import Tokenizer
 
-FAMILIES = {"llamagen": "third_party_loaders.llamagen"}
+FAMILIES = {"llamagen": "third_party_loaders.llamagen", "var": "third_party_loaders.var"}
 """By family, the module that builds its tokenizers, teachers and students."""
 FORMAT = 1
 PARTS = ("tokenizer", "teacher", "student")
@@ -39,6 +41,11 @@ def family_module(family: str) -> ModuleType:
     if family not in FAMILIES:
         raise ValueError(f"unknown model family {family!r}; known are {', '.join(FAMILIES)}")
     return importlib.import_module(FAMILIES[family])
+
+
+def loaders() -> ModuleType:
+    """The package of the families, for states in upstream's layouts."""
+    return importlib.import_module("third_party_loaders")
 
 
 def zoo_folder() -> Path:
@@ -104,8 +111,8 @@ class ModelFolder:
             raise ValueError(f"{path / 'config.json'} is damaged: it is no JSON") from None
         if not isinstance(config, dict) or config.get("format") != FORMAT:
             raise ValueError(f"{path / 'config.json'} is no ddecode model of format {FORMAT}")
-        if missing := [key for key in ("family", "tokenizer") if key not in config]:
-            raise ValueError(f"{path / 'config.json'} lacks {', '.join(missing)}")
+        if "family" not in config:
+            raise ValueError(f"{path / 'config.json'} lacks family")
         return cls(path=path, config=config)
 
     @property
@@ -121,7 +128,8 @@ class ModelFolder:
 
     def require(self, part: str) -> Mapping[str, Any]:
         if part not in self.config:
-            raise ValueError(f"{self.path.name} has no {part}")
+            hint = ": convert it again with --tokenizer" if part == "tokenizer" else ""
+            raise ValueError(f"{self.path.name} has no {part}{hint}")
         return self.config[part]
 
     def state(self, part: str) -> dict[str, Tensor]:
@@ -144,8 +152,11 @@ class ModelFolder:
             raise ValueError(f"{self.weights} is damaged: {error}") from None
 
     def tokenizer(self) -> Tokenizer:
-        sizes = build(self.family.TokenizerConfig, self.require("tokenizer"), "tokenizer")
-        return self.family.build_tokenizer(sizes, self.state("tokenizer"))
+        return self.family.build_tokenizer(self.tokenizer_sizes(), self.state("tokenizer"))
+
+    def tokenizer_sizes(self) -> Any:
+        """The family's config of its tokenizer."""
+        return build(self.family.TokenizerConfig, self.require("tokenizer"), "tokenizer")
 
     def backbone_sizes(self, part: str) -> Any:
         """The family's config of one part's backbone."""
@@ -168,6 +179,11 @@ class ModelFolder:
             starts=build(tuple[int, ...], group.get("starts"), "student.starts"),
             split=build(int, group.get("split"), "student.split"),
         )
+
+    def others(self) -> dict[str, Teacher]:
+        """The teachers of other models that its plans may name: the config's group `others`, NAME to MODEL."""
+        named = build(dict[str, str], self.config.get("others", {}), "others")
+        return {name: load_teacher(model) for name, model in named.items()}
 
     def teacher_hash(self) -> str:
         """Tells teachers apart: SHA-256 over the fp32 weights of tokenizer and teacher, 16 hex digits."""
@@ -200,14 +216,31 @@ def save_model(
         parts: modules by the names in `PARTS`; the teacher's is its backbone.
         dtype: of floating weights on disk.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     tensors = {
-        f"{part}.{name}": (tensor.to(dtype) if tensor.is_floating_point() else tensor).detach().cpu().contiguous()
+        f"{part}.{name}": tensor.to(dtype) if tensor.is_floating_point() else tensor
         for part, module in parts.items()
         for name, tensor in module.state_dict().items()
     }
+    write_model(folder, config, tensors)
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write a `.safetensors` file of tensors as they are; tied ones, which the format refuses, are written apart."""
+    plain: dict[str, Tensor] = {}
+    places = set()
+    for name, tensor in tensors.items():
+        plain[name] = tensor.detach().cpu().contiguous()
+        if plain[name].data_ptr() in places:
+            plain[name] = plain[name].clone()
+        places.add(plain[name].data_ptr())
+    save_file(plain, path)
+
+
+def write_model(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """`save_model` of tensors as they are, under the names they have in the file."""
+    folder.mkdir(parents=True, exist_ok=True)
     aside = folder / "model.safetensors.new"
-    save_file(tensors, aside)
+    save_tensors(aside, tensors)
     aside.rename(folder / "model.safetensors")
     plain = json.dumps({"format": FORMAT, **config}, indent=2, default=as_dict) + "\n"
     aside = folder / "config.json.new"

@@ -58,6 +58,7 @@ def short_recipe(config: DistillConfig, size: DemoSize) -> DistillConfig:
         batch=size.batch,
         warmup_steps=min(20, size.steps),
         ema_decay=0.98,
+        compile=False,  # so few steps would not earn the compiler's time back
         save_every=size.steps,
         log_every=20,
         preview_every=max(1, size.steps // 3),

@@ -41,6 +41,12 @@ def make_student(folder: ModelFolder, teacher: Teacher, config: DistillConfig) -
     return student
 
 
+def features_folder(name: str) -> Path:
+    """A bundled feature network's folder, or the folder named."""
+    bundled = zoo_folder() / "features" / name
+    return bundled if bundled.is_dir() else Path(name)
+
+
 def freeze(*parts: object) -> None:
     for part in parts:
         if isinstance(part, nn.Module):
@@ -70,7 +76,7 @@ def distill(
     student = make_student(folder, teacher, config)
     freeze(teacher.backbone, teacher.tokenizer)
     objective = config.objective
-    features = load_features(zoo_folder() / "features" / objective.features) if objective.uses_images else None
+    features = load_features(features_folder(objective.features)) if objective.uses_images else None
     ema = train(
         RegressionObjective(student, features, objective),
         pairs,

@@ -59,6 +59,12 @@ class Manifest:
 
 
 def make_manifest(teacher: Teacher, name: str, teacher_hash: str, config: PairsConfig) -> Manifest:
+    """
+    Raises:
+        ValueError: the teacher takes captions, for which no student is defined.
+    """
+    if not teacher.num_classes:
+        raise ValueError(f"{name} takes captions: students are defined for class labels only")
     return Manifest(
         teacher=name,
         teacher_hash=teacher_hash,
@@ -173,6 +179,12 @@ def make_shard(teacher: Teacher, manifest: Manifest, shard: int, bar: Any) -> by
         "seeds": torch.tensor(seeds, dtype=torch.int64),
     }
     return save(tensors, metadata={"checksum": checksum(tensors)})
+
+
+def shard_bytes(manifest: Manifest) -> int:
+    """What all shards take on disk, less their headers of a few hundred bytes."""
+    ids, label, seed = manifest.length * TOKEN_DTYPE.itemsize, TOKEN_DTYPE.itemsize, torch.int64.itemsize
+    return manifest.num * (ids + label + seed)
 
 
 def checksum(tensors: dict[str, Tensor]) -> str:

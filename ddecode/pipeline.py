@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ddecode.checkpoint import ModelFolder
 from ddecode.plan import Plan, parse_plan, student_plan
-from ddecode.sampling import Model, Progress, check_models, execute
+from ddecode.sampling import Model, Progress, Skip, check_models, execute
 from ddecode.student import Student
 from ddecode.teacher import Recipe, Teacher, batch_size, check_labels, draw_noise, per_sample_generators
 from ddecode.types import Generators, Labels, Tokenizer
@@ -23,6 +23,8 @@ from ddecode.types import Generators, Labels, Tokenizer
 OutputType = Literal["pil", "np", "pt", "latent"]
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 Steps = int | Literal["teacher"]
+OWN_NAMES = ("student", "teacher", "skip")
+"""What plans call a pipeline's own models, and the control."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +42,7 @@ class DistilledPipeline:
     Args:
         tokenizer: decodes the tokens.
         student, teacher: either may be absent; plans name them `student` and `teacher`.
-        others: further models of the same tokens by the names that plans give them.
+        others: further models of the same tokens by the names that plans give them, such as a small teacher.
         recipe: guidance and filtering of teacher spans; None takes the teacher's own.
         class_names: for people.
     """
@@ -57,14 +59,19 @@ class DistilledPipeline:
     ) -> None:
         if student is None and teacher is None:
             raise ValueError("a pipeline needs a student or a teacher")
+        for name, model in (others or {}).items():
+            if name in OWN_NAMES:
+                raise ValueError(f"plans mean another model by {name!r}; call yours otherwise")
+            if not isinstance(model, Skip) and not same_codes(model.codebook_VC, tokenizer.codebook_VC):
+                raise ValueError(f"{name} has another codebook, so its tokens mean something else here")
         self.tokenizer, self.student, self.teacher = tokenizer, student, teacher
         self.others = dict(others or {})
         self.recipe = recipe or (teacher.recipe if teacher is not None else Recipe())
         self.class_names = class_names
 
     @classmethod
-    def from_pretrained(cls, model: str | Path) -> "DistilledPipeline":
-        """Load a bundled name, a directory or a hub id.
+    def from_pretrained(cls, model: str | Path, *, others: Mapping[str, Model] | None = None) -> "DistilledPipeline":
+        """Load a bundled name, a directory or a hub id; `others` join the models it holds.
 
         Raises:
             ValueError: there is no such model, or it is damaged.
@@ -75,6 +82,7 @@ class DistilledPipeline:
             tokenizer=tokenizer,
             student=folder.student(tokenizer) if folder.has("student") else None,
             teacher=folder.teacher(tokenizer) if folder.has("teacher") else None,
+            others=folder.others() | dict(others or {}),
             class_names=tuple(folder.config.get("class_names", ())),
         )
 
@@ -82,11 +90,14 @@ class DistilledPipeline:
     def models(self) -> Mapping[str, Model]:
         """The models that plans may name."""
         named: dict[str, Model | None] = {"student": self.student, "teacher": self.teacher}
-        return {name: model for name, model in named.items() if model is not None} | self.others
+        present = {name: model for name, model in named.items() if model is not None}
+        return present | self.others | {"skip": Skip(length=self.length)}
 
     @property
-    def any_model(self) -> Model:
-        return next(iter(self.models.values()))
+    def any_model(self) -> Teacher | Student:
+        model = self.student or self.teacher
+        assert model is not None
+        return model
 
     @property
     def length(self) -> int:
@@ -167,6 +178,10 @@ class DistilledPipeline:
             labels=labels,
             recipe=self.recipe,
         )
+
+
+def same_codes(first_VC: Tensor, second_VC: Tensor) -> bool:
+    return first_VC.shape == second_VC.shape and bool(torch.equal(first_VC.cpu(), second_VC.cpu()))
 
 
 def to_output(images_B3HW: Tensor, output_type: OutputType) -> Any:

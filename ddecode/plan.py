@@ -1,7 +1,8 @@
 """Sampling plans: which model emits which span of token positions.
 
 `student:0-256,student:80-256` reads: the student emits all tokens, then keeps its first 80 and, with the original
-noise after them, emits the rest again. Teacher-involved sampling and the stitching of small and large models are
+noise after them, emits the rest again. Teacher-involved sampling, the stitching of small and large models (T-Stitch,
+arXiv 2402.14167; CoDe, arXiv 2411.17787) and the control that skips the last tokens (`teacher:0-200,skip:200-256`) are
 plans as well.
 """
 
@@ -9,7 +10,8 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-SPAN = re.compile(r"(?P<who>[A-Za-z][\w-]*):(?P<start>\d+)-(?P<stop>\d+)")
+NAME = re.compile(r"[A-Za-z][\w-]*")
+SPAN = re.compile(rf"(?P<who>{NAME.pattern}):(?P<start>\d+)-(?P<stop>\d+)")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,7 +16,15 @@ from ddecode.plan import Plan, Span, check_plan
 from ddecode.student import Student
 from ddecode.teacher import Recipe, Teacher, inverse_cdf
 
-Model = Teacher | Student
+
+@dataclass(frozen=True, kw_only=True)
+class Skip:
+    """The control that leaves the rest out: it emits zero vectors, at no cost."""
+
+    length: int
+
+
+Model = Teacher | Student | Skip
 
 
 @dataclass(kw_only=True)
@@ -55,7 +63,9 @@ def execute(
     progress = Progress(embeddings_BLC=torch.empty_like(noise_BLC))
     for span in plan.spans:
         model = models[span.who]
-        if isinstance(model, Student):
+        if isinstance(model, Skip):
+            progress.embeddings_BLC[:, span.start : span.stop] = 0
+        elif isinstance(model, Student):
             emit_with_student(model, span, progress, noise_BLC, labels)
         else:
             emit_with_teacher(model, span, progress, uniforms_BL, labels, recipe)
@@ -79,13 +89,15 @@ def check_models(plan: Plan, models: Mapping[str, Model]) -> None:
 
 
 def known_starts(models: Mapping[str, Model]) -> dict[str, tuple[int, ...] | None]:
-    """By model name, where its spans may start: a student's trained starts, anywhere for a teacher."""
+    """By model name, where its spans may start: a student's trained starts, anywhere for the others."""
     return {name: model.starts if isinstance(model, Student) else None for name, model in models.items()}
 
 
 def passes(model: Model, span: Span) -> int:
     """Sequential passes of the network in one span."""
-    return 1 if isinstance(model, Student) else model.step_at(span.stop) - model.step_at(span.start)
+    if isinstance(model, Teacher):
+        return model.step_at(span.stop) - model.step_at(span.start)
+    return 1 if isinstance(model, Student) else 0
 
 
 def emit_with_student(student: Student, span: Span, progress: Progress, noise_BLC: Tensor, labels_B: Tensor) -> None:

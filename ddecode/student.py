@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ddecode.teacher import Teacher, check_labels
-from ddecode.types import Backbone, Labels, Prediction, Tokenizer
+from ddecode.types import Backbone, Condition, Labels, Prediction, Tokenizer
 
 
 class ContinuousHead(nn.Module):
@@ -38,9 +38,18 @@ class Student(nn.Module):
         tokenizer: the teacher's; held for its codebook and for decoding, not trained, not in the state dict.
         starts: numbers of resolved tokens it was trained to continue from.
         split: positions before it are emitted as argmax tokens, the rest as continuous vectors.
+        layerwise: also add the indicator, through a linear map each, inside every block and before the heads.
     """
 
-    def __init__(self, backbone: Backbone, tokenizer: Tokenizer, *, starts: tuple[int, ...], split: int) -> None:
+    def __init__(
+        self,
+        backbone: Backbone,
+        tokenizer: Tokenizer,
+        *,
+        starts: tuple[int, ...],
+        split: int,
+        layerwise: bool = False,
+    ) -> None:
         super().__init__()
         assert isinstance(backbone, nn.Module)
         self.length = sum(backbone.steps)
@@ -52,6 +61,8 @@ class Student(nn.Module):
         self._tokenizer = [tokenizer]  # in a list, so that its weights are not this module's
         self.starts, self.split = starts, split
         self.indicator = nn.Embedding(2, backbone.width)
+        maps = backbone.depth + 1 if layerwise else 0
+        self.indicator_maps = nn.ModuleList(nn.Linear(backbone.width, backbone.width) for _ in range(maps))
         self.continuous_head = ContinuousHead(backbone.width, tokenizer.codebook_VC.shape[1])
 
     @property
@@ -100,21 +111,30 @@ class Student(nn.Module):
 
     def forward(self, sequence_BLC: Tensor, labels_B: Tensor, start_B: Tensor) -> Prediction:
         """`predict` on checked arguments and with gradients."""
-        hidden_BLD, class_BD = self.hidden(sequence_BLC, labels_B, start_B)
+        hidden_BLD, condition = self.hidden(sequence_BLC, labels_B, start_B)
         return Prediction(
-            embeddings_BLC=self.continuous_head(hidden_BLD, class_BD).float(),
-            logits_BLV=self.backbone.logits(hidden_BLD),
+            embeddings_BLC=self.embeddings(hidden_BLD, condition),
+            logits_BLV=self.backbone.logits(hidden_BLD, condition),
         )
 
-    def hidden(self, sequence_BLC: Tensor, labels_B: Tensor, start_B: Tensor) -> tuple[Tensor, Tensor]:
-        """Hidden states [B,L,D] at the tokens' own positions, and the class vectors [B,D]."""
+    def hidden(self, sequence_BLC: Tensor, labels_B: Tensor, start_B: Tensor) -> tuple[Tensor, Condition]:
+        """Hidden states [B,L,D] at the tokens' own positions, and what the labels became."""
         condition = self.backbone.condition(labels_B)
         prefix = condition.prefix_BPD.shape[1]
         inputs = torch.cat([condition.prefix_BPD, self.backbone.vector_inputs(sequence_BLC)], 1)
-        position_N = torch.arange(-prefix, self.length, device=inputs.device)
-        inputs = inputs + self.indicator((position_N < start_B[:, None]).long())
+        resolved_BN = (torch.arange(-prefix, self.length, device=inputs.device) < start_B[:, None]).long()
+        inputs = inputs + self.indicator(resolved_BN)
+        if not len(self.indicator_maps):
+            return self.backbone.hidden(inputs, condition)[:, prefix:], condition
+        # the indicator has two rows, so its maps do as well
+        *inside, last = (F.embedding(resolved_BN, linear(self.indicator.weight)) for linear in self.indicator_maps)
+        hidden_BND = self.backbone.hidden(inputs, condition, residuals=inside) + last
+        return hidden_BND[:, prefix:], condition
+
+    def embeddings(self, hidden_BND: Tensor, condition: Condition) -> Tensor:
+        """The continuous head, fp32 [B,N,C]."""
         assert condition.class_BD is not None
-        return self.backbone.hidden(inputs, mask_BP=condition.mask_BP)[:, prefix:], condition.class_BD
+        return self.continuous_head(hidden_BND, condition.class_BD).float()
 
     @torch.no_grad()
     def emit(self, sequence_BLC: Tensor, labels_B: Tensor, start: int, stop: int) -> Tensor:
@@ -123,43 +143,34 @@ class Student(nn.Module):
         Each head is computed only at the positions that are taken from it.
         """
         start_B = torch.full((len(sequence_BLC),), start, device=self.device)
-        hidden_BLD, class_BD = self.hidden(sequence_BLC, labels_B, start_B)
+        hidden_BLD, condition = self.hidden(sequence_BLC, labels_B, start_B)
         border = min(max(self.split, start), stop)
         parts = []
         if start < border:
-            ids = self.backbone.logits(hidden_BLD[:, start:border]).argmax(-1)
+            ids = self.backbone.logits(hidden_BLD[:, start:border], condition).argmax(-1)
             parts.append(F.embedding(ids, self.codebook_VC))
         if border < stop:
-            parts.append(self.continuous_head(hidden_BLD[:, border:stop], class_BD).float())
+            parts.append(self.embeddings(hidden_BLD[:, border:stop], condition))
         return torch.cat(parts, 1)
 
     @torch.no_grad()
     def initialize_from(self, teacher: Teacher) -> None:
-        """Copy the teacher's weights by name; a student of fewer layers takes evenly spaced ones.
-
-        New parts start neutral: the indicator at zero, the input map as the least-squares fit of the teacher's
-        token table on the codes.
+        """Copy the teacher's weights by name (`Backbone.student_state`); the indicator starts neutral, at zero.
 
         Raises:
             ValueError: a shared weight is missing or misshapen.
         """
-        assert isinstance(teacher.backbone, nn.Module) and isinstance(self.backbone, nn.Module)
-        source = renumber_layers(teacher.backbone.state_dict(), teacher.backbone.depth, self.backbone.depth)
+        assert isinstance(self.backbone, nn.Module)
+        source = self.backbone.student_state(teacher.backbone, teacher.codebook_VC)
         target = self.backbone.state_dict()
-        own_input = {name for name in target if name.startswith("tok_embeddings.")}
-        wrong = [n for n in target if n not in own_input and (n not in source or source[n].shape != target[n].shape)]
+        wrong = [n for n in target if n not in source or source[n].shape != target[n].shape]
         if wrong:
             raise ValueError(f"the teacher lacks, or has in another shape: {', '.join(wrong)}")
-        fitted = fit_input_map(teacher.codebook_VC, source["tok_embeddings.weight"])
-        self.backbone.load_state_dict({n: fitted[n] if n in own_input else source[n] for n in target})
+        self.backbone.load_state_dict({n: source[n] for n in target})
         nn.init.zeros_(self.indicator.weight)
-
-
-def fit_input_map(codebook_VC: Tensor, table_VD: Tensor) -> dict[str, Tensor]:
-    """Least squares: table ~ codebook @ weight.T + bias. In float64, so that rounding hides the order of sums."""
-    codes = F.pad(codebook_VC.double(), (0, 1), value=1.0)
-    solution = torch.linalg.lstsq(codes, table_VD.double()).solution.float()
-    return {"tok_embeddings.weight": solution[:-1].T.contiguous(), "tok_embeddings.bias": solution[-1].clone()}
+        for name, parameter in self.indicator_maps.named_parameters():
+            if name.endswith("bias"):
+                nn.init.zeros_(parameter)
 
 
 def kept_layers(depth: int, kept: int) -> list[int]:
@@ -169,16 +180,16 @@ def kept_layers(depth: int, kept: int) -> list[int]:
     return [round(i * (depth - 1) / max(1, kept - 1)) for i in range(kept)]
 
 
-def renumber_layers(state: Mapping[str, Tensor], depth: int, kept: int) -> dict[str, Tensor]:
-    """The state of a backbone cut to `kept` layers: `layers.J.rest` becomes `layers.I.rest`."""
+def renumber_layers(state: Mapping[str, Tensor], layers: str, depth: int, kept: int) -> dict[str, Tensor]:
+    """The state of a backbone cut to `kept` layers: `{layers}.J.rest` becomes `{layers}.I.rest`."""
     new_index = {old: new for new, old in enumerate(kept_layers(depth, kept))}
     renumbered = {}
     for name, tensor in state.items():
-        head, dot, rest = name.partition("layers.")
+        head, dot, rest = name.partition(f"{layers}.")
         if head or not dot:
             renumbered[name] = tensor
             continue
         layer, _, tail = rest.partition(".")
         if int(layer) in new_index:
-            renumbered[f"layers.{new_index[int(layer)]}.{tail}"] = tensor
+            renumbered[f"{layers}.{new_index[int(layer)]}.{tail}"] = tensor
     return renumbered

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ddecode.types import Backbone, Generators, Labels, Tokenizer
+from ddecode.types import Backbone, Condition, Generators, Labels, Tokenizer
 
 Pick = Callable[[Tensor, int], Tensor]
 """Filtered log-probabilities fp32 [B,N,V] of positions from `start` on, to ids int64 [B,N]."""
@@ -149,21 +149,24 @@ class Teacher:
         Returns:
             fp32 [B,L,V]; position i is predicted from the tokens of earlier steps.
         """
+        return self.forward(ids_BL.to(self.device), self.labels(class_labels, len(ids_BL)))
+
+    def labels(self, class_labels: Labels | None, batch: int | None) -> Any:
+        """Checked labels, or captions, on the teacher's device; None stands for no condition. See `check_labels`."""
         if class_labels is None:
-            return self.forward(ids_BL.to(self.device), self.backbone.null_labels(len(ids_BL)))
-        labels = check_labels(class_labels, len(ids_BL), self.num_classes, self.device)
-        return self.forward(ids_BL.to(self.device), labels)
+            return self.backbone.null_labels(batch or 1)
+        return check_labels(class_labels, batch, self.num_classes, self.device)
 
     def forward(self, ids_BL: Tensor, labels: Any) -> Tensor:
         """`logits` on checked labels and with gradients, for training."""
         condition = self.backbone.condition(labels)
         inputs = [condition.prefix_BPD, self.backbone.token_inputs(ids_BL[:, : self.length - self.steps[-1]])]
-        hidden = self.backbone.hidden(torch.cat(inputs, 1), mask_BP=condition.mask_BP)
-        return self.backbone.logits(hidden[:, -self.length :])
+        hidden = self.backbone.hidden(torch.cat(inputs, 1), condition)
+        return self.backbone.logits(hidden[:, -self.length :], condition)
 
     def generate(
         self,
-        class_labels: Labels,
+        class_labels: Labels | None,
         *,
         guidance_scale: float = 0.0,
         top_k: int = 0,
@@ -174,7 +177,8 @@ class Teacher:
         """Plain AR sampling.
 
         Args:
-            class_labels: int, list or LongTensor [B].
+            class_labels: int, list or LongTensor [B], or captions `(features [B,P,E], mask [B,P])`; None is one sample
+                without condition.
             guidance_scale: upstream's number (LlamaGen <= 1 and VAR 0 are off).
             top_k: 0 is off, 1 is greedy.
             top_p: 1.0 is off.
@@ -188,7 +192,7 @@ class Teacher:
         """
         if temperature <= 0:
             raise ValueError(f"temperature must be above 0, got {temperature}; top_k=1 is greedy")
-        labels = check_labels(class_labels, None, self.num_classes, self.device)
+        labels = self.labels(class_labels, None)
         recipe = Recipe(guidance_scale=guidance_scale, top_k=top_k, top_p=top_p)
         if top_k == 1:
             return self.walk(labels, argmax, recipe, temperature=temperature)
@@ -227,24 +231,22 @@ class Teacher:
         copies = 2 if guided else 1
 
         condition = backbone.condition(labels)
-        prefix, mask = condition.prefix_BPD, condition.mask_BP
         if guided:
-            null = backbone.condition(backbone.unconditional(labels))
-            prefix = torch.cat([prefix, null.prefix_BPD])
-            mask = None if mask is None else mask.repeat(2, 1)
+            condition = Condition.joined(condition, backbone.condition(backbone.unconditional(labels)))
         cache = backbone.new_cache(copies * batch)
 
         ids = torch.empty(batch, sum(self.steps[:last]), dtype=torch.int64, device=self.device)
-        inputs, done, seen = prefix, 0, 0
+        inputs, done, seen = condition.prefix_BPD, 0, 0
         if resolved_BN is not None and begin:
             ids[:, :begin] = resolved_BN
             done = begin
             known = backbone.token_inputs(ids[:, :done])
             seen = known.shape[1]
-            inputs = torch.cat([prefix, known.repeat(copies, 1, 1)], 1)
+            inputs = torch.cat([inputs, known.repeat(copies, 1, 1)], 1)
         for step in range(first, last):
             count = self.steps[step]
-            logits = backbone.logits(backbone.hidden(inputs, mask_BP=mask, cache=cache)[:, -count:])
+            hidden = backbone.hidden(inputs, condition, cache=cache)
+            logits = backbone.logits(hidden[:, -count:], condition)
             if guided:
                 cond, uncond = logits.chunk(2)
                 logits = torch.lerp(uncond, cond, 1.0 + weights[step])

@@ -164,6 +164,8 @@ def train(
     begin = 0
     if resume and checkpoint.exists():
         begin = checkpoint.load(identity, model, ema, optimizer)
+    if config.compile:
+        compile_blocks(model)
     wrapped, optimizer = accelerator.prepare(objective, optimizer)
     main = accelerator.is_main_process
     log = Log(run / "log.jsonl", begin) if main else None
@@ -211,6 +213,15 @@ def optimise(
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return loss, metrics, float(norm)
+
+
+def compile_blocks(model: nn.Module) -> None:
+    """Compile in place the blocks that a model repeats; they share what is compiled."""
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList):
+            for block in module:
+                if any(True for _ in block.children()):
+                    block.compile()
 
 
 def weight_decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

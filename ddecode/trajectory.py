@@ -6,7 +6,7 @@ B batch, L token positions, C code width.
 from torch import Tensor
 
 from ddecode.flow import FlowGrid, flow_grid, noise_to_tokens
-from ddecode.teacher import Pick, Recipe, Teacher, check_labels
+from ddecode.teacher import Pick, Recipe, Teacher
 from ddecode.types import Labels
 
 
@@ -23,7 +23,7 @@ def flow_pick(noise_BLC: Tensor, codebook_VC: Tensor, grid: FlowGrid) -> Pick:
 def resolve(
     teacher: Teacher,
     noise_BLC: Tensor,
-    class_labels: Labels,
+    class_labels: Labels | None,
     *,
     guidance_scale: float = 0.0,
     top_k: int = 0,
@@ -37,7 +37,7 @@ def resolve(
 
     Args:
         noise_BLC: standard normal float [B,L,C].
-        class_labels: int, list or LongTensor [B].
+        class_labels: int, list or LongTensor [B], or captions; None is no condition.
         guidance_scale, top_k, top_p: as in `Teacher.generate`; they are baked into the pairs.
         num_steps: evaluations of the map at each position.
 
@@ -52,7 +52,7 @@ def resolve(
         raise ValueError(
             f"noise must be [B, {expected[0]}, {expected[1]}] for this teacher, got {tuple(noise_BLC.shape)}"
         )
-    labels = check_labels(class_labels, len(noise_BLC), teacher.num_classes, teacher.device)
+    labels = teacher.labels(class_labels, len(noise_BLC))
     recipe = Recipe(guidance_scale=guidance_scale, top_k=top_k, top_p=top_p)
     grid = flow_grid(teacher.codebook_VC, num_steps)
     return teacher.walk(labels, flow_pick(noise_BLC.to(teacher.device), teacher.codebook_VC, grid), recipe)

@@ -24,11 +24,26 @@ class Condition:
     """What a backbone makes of class labels (or captions)."""
 
     prefix_BPD: Tensor
-    """The first P input vectors; the last of them predicts the first AR step."""
+    """The first P input vectors; the first AR step is read off the last of them."""
     mask_BP: Tensor | None = None
     """bool, False where a prefix position is padding; None means all are real."""
     class_BD: Tensor | None = None
     """The class vector alone, for heads that are modulated by it."""
+    modulation: tuple[Tensor, ...] = ()
+    """What adaptive layer norms make of the class, each [B,...], computed once for all passes; the family's own."""
+
+    @staticmethod
+    def joined(first: "Condition", second: "Condition") -> "Condition":
+        """Both batches as one; they share `first`'s mask."""
+        both = None
+        if first.class_BD is not None and second.class_BD is not None:
+            both = torch.cat([first.class_BD, second.class_BD])
+        return Condition(
+            prefix_BPD=torch.cat([first.prefix_BPD, second.prefix_BPD]),
+            mask_BP=None if first.mask_BP is None else first.mask_BP.repeat(2, 1),
+            class_BD=both,
+            modulation=tuple(torch.cat(pair) for pair in zip(first.modulation, second.modulation, strict=True)),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,8 +82,8 @@ class KeyValueCache:
 class Backbone(Protocol):
     """A transformer that predicts image tokens; implement this to bring your own AR model.
 
-    A pass reads the P vectors of `condition` followed by the vectors of the tokens, and the prediction for token i
-    stands at position P - 1 + i. Tokens of one AR step never see each other's outcome.
+    A pass reads the P vectors of `condition` followed by the vectors that the tokens make known. The predictions of
+    the L tokens stand at the last L positions of a whole pass. Tokens of one AR step never see each other's outcome.
     """
 
     steps: tuple[int, ...]
@@ -97,14 +112,21 @@ class Backbone(Protocol):
     def vector_inputs(self, sequence_BLC: Tensor) -> Tensor:
         """Input vectors [B,L,D] of a student's sequence of codes and noise; only students have it."""
 
+    def student_state(self, teacher: Any, codebook_VC: Tensor) -> dict[str, Tensor]:
+        """The state that a student of this shape begins with, made of a teacher's backbone; only students have it.
+
+        Raises:
+            ValueError: the teacher's weights do not fit.
+        """
+
     def new_cache(self, batch: int) -> KeyValueCache:
         """An empty cache for `batch` rows of P + L positions."""
 
     def hidden(
         self,
         inputs_BND: Tensor,
+        condition: Condition,
         *,
-        mask_BP: Tensor | None = None,
         cache: KeyValueCache | None = None,
         residuals: Sequence[Tensor] | None = None,
     ) -> Tensor:
@@ -114,7 +136,7 @@ class Backbone(Protocol):
         the block, between attention and feed-forward.
         """
 
-    def logits(self, hidden_BND: Tensor) -> Tensor:
+    def logits(self, hidden_BND: Tensor, condition: Condition) -> Tensor:
         """Hidden states to fp32 logits [B,N,V]."""
 
 

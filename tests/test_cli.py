@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from tiny import distill_recipe, tree_of, write_yaml
+from tiny import distill_recipe, make_teacher, make_var_teacher, save_tiny, tree_of, write_yaml
 
 from ddecode import distillation
 from ddecode import pairs as pairs_module
@@ -184,6 +184,43 @@ def test_a_student_from_pairs_to_images(
     assert all(torch.equal(new[f"student.{name}"], tensor) for name, tensor in average.items())
     assert run("sample", result, "--steps", 2, "--num", 4, "--out", tmp_path / "x.npz") == 0
     assert run("info", result) == 0
+
+
+def test_a_var_teacher_goes_the_whole_way(tmp_path: Path, capsys: Capture) -> None:
+    """From pairs to a student of half the layers, to pictures, and out in the published layout."""
+    teacher = make_var_teacher()
+    model = save_tiny(tmp_path / "var", DistilledPipeline(tokenizer=teacher.tokenizer, teacher=teacher))
+    recipe = write_yaml(tmp_path / "var.yaml", distill_recipe(model) | {"student": {"starts": [0, 5], "depth": 1}})
+    assert run("pairs", "--config", recipe, "--dry-run") == 0
+    assert "20 pairs on one cpu" in capsys.readouterr().out and not (tmp_path / "pairs").exists()
+    assert "--out" in refused(capsys, "pairs", "--config", recipe)
+    assert run("pairs", "--config", recipe, "--out", tmp_path / "pairs") == 0
+    assert run("distill", "--config", recipe, "--pairs", tmp_path / "pairs", "--out", tmp_path / "run") == 0
+    result = tmp_path / "run" / "model"
+    student = ModelFolder.open(result).student()
+    assert (student.backbone.depth, student.starts, student.split) == (1, (0, 5), 14)
+    for how in (["--steps", 2], ["--plan", "student:0-14,teacher:1-5,student:5-14"], ["--steps", "teacher"]):
+        assert run("sample", result, *how, "--num", 4, "--out", tmp_path / "x.npz") == 0
+    assert "no step boundary" in refused(
+        capsys, "sample", result, "--plan", "student:0-14,teacher:3-14", "--out", tmp_path / "y.npz"
+    )
+    assert run("convert", result, "--family", "dd1-var", "--out", tmp_path / "published") == 0
+    capsys.readouterr()
+    assert run("info", tmp_path / "published" / "model.safetensors", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["kind"] == "dd1-var"
+
+
+def test_a_teacher_from_captions_is_described_and_sent_to_python(tmp_path: Path, capsys: Capture) -> None:
+    teacher = make_teacher(num_classes=0, caption_width=12, caption_length=5)
+    model = save_tiny(tmp_path / "captions", DistilledPipeline(tokenizer=teacher.tokenizer, teacher=teacher))
+    assert run("info", model) == 0
+    for verb, *options in (("sample", "--steps", "teacher", "--out", tmp_path / "x.png"), ("eval",), ("bench",)):
+        assert "captions, not class labels" in refused(capsys, verb, model, *options)
+    recipe = write_yaml(tmp_path / "recipe.yaml", distill_recipe(model))
+    assert "students are defined for class labels" in refused(
+        capsys, "pairs", "--config", recipe, "--out", tmp_path / "pairs"
+    )
+    assert not (tmp_path / "pairs").exists()
 
 
 def test_a_stopped_distillation_resumes_to_the_same_student(

@@ -7,6 +7,7 @@ from typing import Any, Literal
 import pytest
 from tiny import distill_recipe, write_yaml
 
+from ddecode.checkpoint import family_module
 from ddecode.config import (
     DistillConfig,
     PairsConfig,
@@ -19,6 +20,7 @@ from ddecode.config import (
     weight_at,
 )
 from ddecode.teacher import Recipe
+from third_party_loaders.published import ARCHITECTURES
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -30,7 +32,7 @@ def path(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("recipe", sorted(ROOT.glob("configs/*.yaml")), ids=lambda path: path.name)
 def test_every_recipe_of_the_repository_is_valid(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    if recipe.stem.endswith("-teacher"):
+    if recipe.stem.endswith(("-teacher", "-small")):
         monkeypatch.syspath_prepend(ROOT / "tools")
         import train_teacher
 
@@ -40,6 +42,26 @@ def test_every_recipe_of_the_repository_is_valid(recipe: Path, monkeypatch: pyte
         config = read_config(recipe, DistillConfig)
         assert config.student.starts[0] == 0
         assert config.expected, "a recipe states what it reaches, or that this is not yet measured"
+
+
+PUBLISHED = sorted(p for p in ROOT.glob("configs/*.yaml") if not p.name.startswith("fashion"))
+
+
+@pytest.mark.parametrize("recipe", PUBLISHED, ids=lambda path: path.name)
+def test_recipes_of_published_models_fit_them(recipe: Path) -> None:
+    config, architecture = read_config(recipe, DistillConfig), ARCHITECTURES[recipe.stem]
+    steps = architecture.backbone.steps if architecture.family == "var" else (1,) * architecture.backbone.tokens
+    boundaries = {sum(steps[:k]) for k in range(len(steps))}
+    assert set(config.student.starts) <= boundaries and config.student.split in boundaries
+    family = family_module(architecture.family)
+    assert config.pairs.recipe == family.pairs_recipe(architecture.backbone)
+    assert (config.student.starts, config.student.split) == family.student_spans(architecture.backbone)
+    assert "not yet measured" in str(config.expected) and config.teacher == f"checkpoints/{recipe.stem}"
+
+
+def test_every_family_of_published_sizes_has_its_recipe() -> None:
+    assert {p.stem for p in PUBLISHED} >= {f"var-d{d}" for d in (16, 20, 24, 30, 36)}
+    assert {p.stem for p in PUBLISHED} >= {f"llamagen-{size}" for size in ("b", "l", "xl")}
 
 
 def test_values_arrive_with_their_types(path: Path) -> None:

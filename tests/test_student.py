@@ -7,8 +7,10 @@ from tiny import C, L, V, make_student, make_teacher, seeded
 from torch import Tensor
 from torch.nn import functional as F
 
-from ddecode.student import ContinuousHead, Student, fit_input_map, kept_layers
+from ddecode.student import ContinuousHead, Student, kept_layers
 from ddecode.teacher import Teacher
+from ddecode.types import Condition
+from third_party_loaders.llamagen_transformer import fit_input_map
 
 
 def noise_for(batch: int, seed: int = 0) -> Tensor:
@@ -84,9 +86,9 @@ def test_the_indicator_marks_condition_and_resolved_positions(
     inputs: list[Tensor] = []
     hidden = student.backbone.hidden
 
-    def recorded(inputs_BND: Tensor, **options: object) -> Tensor:
+    def recorded(inputs_BND: Tensor, condition: Condition, **options: object) -> Tensor:
         inputs.append(inputs_BND)
-        return hidden(inputs_BND, **options)
+        return hidden(inputs_BND, condition, **options)
 
     monkeypatch.setattr(student.backbone, "hidden", recorded)
     sequence = noise_for(3)

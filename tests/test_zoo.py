@@ -1,4 +1,4 @@
-"""The bundled model: it loads by name, its parts belong together, and the demo and the README run on it."""
+"""The bundled models: they load by name, their parts belong together, and the demo and the README run on them."""
 
 import json
 import re
@@ -13,41 +13,58 @@ from ddecode.checkpoint import ModelFolder, bundled_models, zoo_folder
 from ddecode.config import DistillConfig, read_config
 from ddecode.demo import DemoSize, run_demo
 from ddecode.evaluation.zoo import Judge, evaluate
+from ddecode.teacher import Teacher
 
 ROOT = Path(__file__).parent.parent
-NAME = "fashion-llamagen"
+NAMES = ("fashion-llamagen", "fashion-var")
+LEAST_FOUND = {"fashion-llamagen": 0.5, "fashion-var": 0.1}
+"""Shares of tokens; in residual scales one token that changes moves all after it. Chance is 0.002."""
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def name(request: pytest.FixtureRequest) -> str:
+    return request.param
 
 
 @pytest.fixture(scope="module")
-def pipe() -> DistilledPipeline:
-    return DistilledPipeline.from_pretrained(NAME)
+def pipe(name: str) -> DistilledPipeline:
+    return DistilledPipeline.from_pretrained(name)
 
 
-def test_the_bundled_model_is_small_and_complete() -> None:
-    assert NAME in bundled_models()
-    folder = zoo_folder() / NAME
+def test_a_bundled_model_is_small_and_complete(name: str) -> None:
+    assert name in bundled_models()
+    folder = zoo_folder() / name
     assert sum(path.stat().st_size for path in folder.iterdir()) < 20e6
-    assert all(ModelFolder.open(NAME).has(part) for part in ("tokenizer", "teacher", "student"))
-    assert (folder / "README.md").read_text().startswith("#")
+    assert all(ModelFolder.open(name).has(part) for part in ("tokenizer", "teacher", "student"))
+    assert (folder / "README.md").read_text().startswith(f"# {name}")
 
 
-def test_its_recipe_is_the_one_in_configs() -> None:
-    assert (zoo_folder() / NAME / "recipe.yaml").read_text() == (ROOT / "configs" / f"{NAME}.yaml").read_text()
+def test_its_recipe_is_the_one_in_configs(name: str) -> None:
+    assert (zoo_folder() / name / "recipe.yaml").read_text() == (ROOT / "configs" / f"{name}.yaml").read_text()
 
 
-def test_tokenizer_round_trip_keeps_most_tokens(pipe: DistilledPipeline) -> None:
-    """Tokens of a decoded image are mostly found again: encoder, codebook and decoder belong together."""
-    ids = load_teacher(NAME).generate(list(range(10)), guidance_scale=1.5, generator=torch.Generator().manual_seed(0))
+def test_a_small_teacher_of_the_same_tokens_stitches_with_it(name: str, pipe: DistilledPipeline) -> None:
+    assert (zoo_folder() / f"{name}-small" / "README.md").read_text().startswith(f"# {name}-small")
+    small, teacher = pipe.others["small"], pipe.teacher
+    assert isinstance(small, Teacher) and teacher is not None and small.backbone.depth < teacher.backbone.depth
+    switch = sum(teacher.steps[: len(teacher.steps) // 2])
+    both = pipe([0, 1], plan=f"small:0-{switch},teacher:{switch}-{pipe.length}", output_type="np")
+    assert both.network_evaluations == len(teacher.steps)
+
+
+def test_tokenizer_round_trip_keeps_most_tokens(name: str, pipe: DistilledPipeline) -> None:
+    """Tokens of a decoded image are found again far above chance: encoder, codebook and decoder belong together."""
+    ids = load_teacher(name).generate(list(range(10)), guidance_scale=1.5, generator=torch.Generator().manual_seed(0))
     images = pipe.tokenizer.decode(ids)
-    assert torch.equal(images[:, 0], images[:, 1])
-    assert (pipe.tokenizer.encode(images) == ids).float().mean() > 0.5
+    assert (images[:, 0] - images[:, 1]).abs().max() < 1e-4
+    assert (pipe.tokenizer.encode(images) == ids).float().mean() > LEAST_FOUND[name]
 
 
-def test_student_is_far_better_than_independent_tokens(pipe: DistilledPipeline) -> None:
+def test_student_is_far_better_than_independent_tokens(name: str, pipe: DistilledPipeline) -> None:
     """A coarse guard at n = 400 of the figures in the README, which `ddecode eval` measures at 5000."""
     judge = Judge.open(zoo_folder() / "features" / "fashion-eval")
     plans = {"1": pipe.plan(1), "2": pipe.plan(2)}
-    result = evaluate(pipe, plans, judge, model=NAME, num=400, show_progress=False)
+    result = evaluate(pipe, plans, judge, model=name, num=400, show_progress=False)
     rows = {row.plan: row for row in result.rows}
     assert rows["control"].control_share == pytest.approx(1.0)
     for name in ("1", "2"):
@@ -55,8 +72,8 @@ def test_student_is_far_better_than_independent_tokens(pipe: DistilledPipeline) 
         assert rows[name].accuracy > rows["teacher"].accuracy - 0.06
 
 
-def test_demo_writes_a_report_that_needs_no_network(tmp_path: Path) -> None:
-    config = read_config(zoo_folder() / NAME / "recipe.yaml", DistillConfig)
+def test_demo_writes_a_report_that_needs_no_network(name: str, tmp_path: Path) -> None:
+    config = read_config(zoo_folder() / name / "recipe.yaml", DistillConfig)
     size = DemoSize(pairs=40, steps=3, batch=8, samples=40, repeats=1)
     report = run_demo(config, tmp_path / "demo", size)
     text = report.read_text()

@@ -1,9 +1,8 @@
-"""Tiny random models for tests: a LlamaGen family member of 16 tokens, and a backbone with several tokens a step.
+"""Tiny random models for tests: a LlamaGen family member of 16 tokens, a VAR of 14, a toy of several tokens a step.
 
 B batch, L token positions, N positions of one call, V codes, C code width, D model width.
 """
 
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from ddecode.pipeline import DistilledPipeline
 from ddecode.student import Student
 from ddecode.teacher import Recipe, Teacher
 from ddecode.types import Condition, KeyValueCache
-from third_party_loaders import llamagen
+from third_party_loaders import llamagen, var
 
 TOKENIZER = {
     "vocab_size": 32, "code_width": 8, "channels": 32, "channel_mult": [1, 1], "res_blocks": 1, "z_channels": 32,
@@ -79,24 +78,20 @@ def make_pipeline(**student_options: Any) -> DistilledPipeline:
     )
 
 
-def model_config(student: Student | None) -> dict[str, Any]:
-    """The `config.json` of a tiny model."""
-    config = {
-        "family": "llamagen",
-        "features": "fashion-eval",
-        "tokenizer": TOKENIZER,
-        "teacher": {"backbone": BACKBONE, "recipe": dataclasses.asdict(RECIPE)},
-    }
-    if student is not None:
-        config["student"] = {"backbone": BACKBONE | {"code_width": C}, "starts": student.starts, "split": student.split}
-    return config
-
-
 def save_tiny(folder: Path, pipe: DistilledPipeline, dtype: torch.dtype = torch.float32) -> Path:
-    parts = {"tokenizer": pipe.tokenizer, "teacher": pipe.teacher.backbone}
-    if pipe.student is not None:
-        parts["student"] = pipe.student
-    save_model(folder, model_config(pipe.student), parts, dtype=dtype)
+    """A model folder, of either family."""
+    teacher, student = pipe.teacher, pipe.student
+    config = {
+        "family": teacher.family,
+        "features": "fashion-eval",
+        "tokenizer": pipe.tokenizer.config,
+        "teacher": {"backbone": teacher.backbone.config, "recipe": teacher.recipe},
+    }
+    parts = {"tokenizer": pipe.tokenizer, "teacher": teacher.backbone}
+    if student is not None:
+        config["student"] = {"backbone": student.backbone.config, "starts": student.starts, "split": student.split}
+        parts["student"] = student
+    save_model(folder, config, parts, dtype=dtype)
     return folder
 
 
@@ -148,6 +143,9 @@ class ScaleBackbone(nn.Module):
     def unconditional(self, labels: Tensor) -> Tensor:
         return torch.full_like(labels, self.num_classes)
 
+    def null_labels(self, batch: int) -> Tensor:
+        return torch.full((batch,), self.num_classes)
+
     def guidance_weight(self, scale: float, step: int) -> float:
         return scale * step / (len(self.steps) - 1)
 
@@ -162,12 +160,15 @@ class ScaleBackbone(nn.Module):
     def vector_inputs(self, sequence_BLC: Tensor) -> Tensor:
         raise NotImplementedError
 
+    def student_state(self, teacher: Any, codebook_VC: Tensor) -> dict[str, Tensor]:
+        raise NotImplementedError
+
     def new_cache(self, batch: int) -> KeyValueCache:
         shape = (batch, 1, sum(self.steps), self.width)
         return KeyValueCache(1, shape, device="cpu", dtype=torch.float32)
 
     def hidden(
-        self, inputs_BND: Tensor, *, mask_BP: Any = None, cache: KeyValueCache | None = None, residuals: Any = None
+        self, inputs_BND: Tensor, condition: Any, *, cache: KeyValueCache | None = None, residuals: Any = None
     ) -> Tensor:
         seen = 0 if cache is None else cache.length
         stop = seen + inputs_BND.shape[1]
@@ -179,7 +180,7 @@ class ScaleBackbone(nn.Module):
         mean = (visible.float() / visible.sum(1, keepdim=True)) @ values
         return torch.tanh(mean + self.places[seen:stop])
 
-    def logits(self, hidden_BND: Tensor) -> Tensor:
+    def logits(self, hidden_BND: Tensor, condition: Any) -> Tensor:
         return hidden_BND @ self.head
 
 
@@ -192,3 +193,48 @@ class ScaleTokenizer:
 
 def make_scale_teacher(seed: int = 0) -> Teacher:
     return Teacher(ScaleBackbone(seed), ScaleTokenizer(seed), family="toy")
+
+
+VAR_TOKENIZER = {
+    "vocab_size": 32, "code_width": 8, "channels": 32, "channel_mult": (1, 1), "res_blocks": 1, "recorded_scales": 3,
+}  # fmt: skip
+VAR_BACKBONE = {"vocab_size": 32, "code_width": 8, "width": 16, "depth": 2, "heads": 2, "num_classes": 4}
+VAR_SCALES = (1, 2, 3)
+
+
+def scramble_var(module: nn.Module, seed: int) -> None:
+    """`scramble`, and the parts that would stay small made to matter."""
+    scramble(module, seed)
+    small = ("class_emb.weight", "pos_start", "pos_1LC", "ada_gss", "indicator.weight", "head.weight")
+    for name, parameter in module.named_parameters():
+        if name.endswith(small):
+            parameter.data *= 4
+
+
+def make_var_tokenizer(seed: int = 0, patch_nums: tuple[int, ...] = VAR_SCALES, **sizes: Any) -> nn.Module:
+    config = var.TokenizerConfig(**VAR_TOKENIZER | {"patch_nums": patch_nums} | sizes)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        tokenizer = var.build_tokenizer(config, None)
+    return tokenizer.requires_grad_(False)
+
+
+def make_var_teacher(
+    seed: int = 0, recipe: Recipe = RECIPE, patch_nums: tuple[int, ...] = VAR_SCALES, **sizes: Any
+) -> Teacher:
+    config = var.BackboneConfig(**VAR_BACKBONE | {"patch_nums": patch_nums} | sizes)
+    with torch.random.fork_rng():
+        teacher = var.build_teacher(config, make_var_tokenizer(seed, patch_nums), None, recipe)
+    scramble_var(teacher.backbone, seed + 1)
+    return teacher
+
+
+def make_var_student(
+    teacher: Teacher, *, seed: int = 0, starts: tuple[int, ...] = (0, 5), split: int = 5, depth: int | None = None
+) -> Student:
+    with torch.random.fork_rng():
+        student = var.build_student(
+            var.student_config(teacher, depth), teacher.tokenizer, None, starts=starts, split=split
+        )
+    scramble_var(student, seed + 2)
+    return student

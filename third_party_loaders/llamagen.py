@@ -4,6 +4,7 @@ B batch, L token positions, V codes, C code width, D model width.
 """
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 
 from torch import Tensor
@@ -11,9 +12,10 @@ from torch import Tensor
 from ddecode.student import Student
 from ddecode.teacher import Recipe, Teacher
 from ddecode.types import Tokenizer
+from third_party_loaders.adapter import Adapter, is_student, own_student_state, shape_of, upstream_student_state
 from third_party_loaders.llamagen_tokenizer import VQConfig, VQModel
 from third_party_loaders.llamagen_transformer import LlamaGenTransformer, TransformerConfig
-from third_party_loaders.state import StateOrPath, load_strictly, read_state
+from third_party_loaders.state import StateOrPath, load_strictly, meta_module, read_state
 
 FAMILY = "llamagen"
 PUBLISHED_HEADS = {
@@ -33,26 +35,30 @@ BackboneConfig = TransformerConfig
 
 def build_tokenizer(config: VQConfig, state: Mapping[str, Tensor] | None) -> VQModel:
     """Without a state the weights are random."""
-    model = VQModel(config)
-    if state is not None:
-        load_strictly(model, state, "LlamaGen tokenizer of this config")
+    if state is None:
+        return VQModel(config).eval()
+    model = meta_module(lambda: VQModel(config))
+    load_strictly(model, state, "LlamaGen tokenizer of this config")
     return model.eval()
 
 
-def build_backbone(config: TransformerConfig, state: Mapping[str, Tensor] | None) -> LlamaGenTransformer:
+def build_backbone(
+    config: TransformerConfig, tokenizer: Tokenizer, state: Mapping[str, Tensor] | None
+) -> LlamaGenTransformer:
     """Without a state the weights are random."""
-    backbone = LlamaGenTransformer(config)
-    if state is not None:
-        load_strictly(backbone, state, "LlamaGen transformer of this config")
-    else:
+    if state is None:
+        backbone = LlamaGenTransformer(config)
         backbone.initialize()
+        return backbone.eval()
+    backbone = meta_module(lambda: LlamaGenTransformer(config))
+    load_strictly(backbone, state, "LlamaGen transformer of this config")
     return backbone.eval()
 
 
 def build_teacher(
     config: TransformerConfig, tokenizer: Tokenizer, state: Mapping[str, Tensor] | None, recipe: Recipe
 ) -> Teacher:
-    return Teacher(build_backbone(config, state), tokenizer, family=FAMILY, recipe=recipe)
+    return Teacher(build_backbone(config, tokenizer, state), tokenizer, family=FAMILY, recipe=recipe)
 
 
 def build_student(
@@ -63,9 +69,16 @@ def build_student(
     starts: tuple[int, ...],
     split: int,
 ) -> Student:
-    student = Student(build_backbone(config, None), tokenizer, starts=starts, split=split)
-    if state is not None:
-        load_strictly(student, state, "student of this config")
+    def make() -> Student:
+        backbone = LlamaGenTransformer(config)
+        if state is None:
+            backbone.initialize()
+        return Student(backbone, tokenizer, starts=starts, split=split)
+
+    if state is None:
+        return make().eval()
+    student = meta_module(make)
+    load_strictly(student, state, "student of this config")
     return student.eval()
 
 
@@ -81,24 +94,20 @@ def student_config(teacher: Teacher, depth: int | None) -> TransformerConfig:
 
 
 def transformer_config(
-    state: Mapping[str, Tensor],
-    n_head: int | None,
-    block_size: int | None,
-    *,
-    tokens_key: str = "tok_embeddings.weight",
+    state: Mapping[str, Tensor], n_head: int | None = None, block_size: int | None = None, *, student: bool = False
 ) -> TransformerConfig:
-    """Sizes from shapes; heads and tokens from the arguments or the published values.
+    """Sizes from shapes; heads and tokens from the arguments or the published values. A student reads code vectors.
 
     Raises:
         ValueError: the state is no LlamaGen transformer.
     """
     try:
-        vocab_size, width = state["output.weight"].shape
-        mlp_width = state["layers.0.feed_forward.w1.weight"].shape[0]
-        token_shape = state[tokens_key].shape
-    except KeyError as error:
-        raise ValueError(f"this state is no LlamaGen transformer: it lacks {error.args[0]}") from None
-    depth = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("layers."))
+        vocab_size, width = shape_of(state, "output.weight", 2)
+        mlp_width, _ = shape_of(state, "layers.0.feed_forward.w1.weight", 2)
+        _, token_width = shape_of(state, "tok_embeddings.weight", 2)
+        depth = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("layers."))
+    except ValueError as error:
+        raise ValueError(f"this state is no LlamaGen transformer: {error}") from None
     heads = n_head or PUBLISHED_HEADS.get((width, depth)) or max(1, width // 64)
     caption = state.get("cls_embedding.uncond_embedding")
     labels = state.get("cls_embedding.embedding_table.weight")
@@ -109,7 +118,7 @@ def transformer_config(
         heads=heads,
         tokens=block_size or 256,
         num_classes=len(labels) - 1 if labels is not None else 0,
-        code_width=token_shape[1] if token_shape[0] == width and "tok_embeddings.bias" in state else None,
+        code_width=token_width if student else None,
         caption_width=None if caption is None else caption.shape[1],
         caption_length=120 if caption is None else caption.shape[0],
         mlp_width=mlp_width,
@@ -123,13 +132,13 @@ def tokenizer_config(state: Mapping[str, Tensor]) -> VQConfig:
         ValueError: the state is no LlamaGen tokenizer.
     """
     try:
-        vocab_size, code_width = state["quantize.embedding.weight"].shape
-        channels = state["encoder.conv_in.weight"].shape[0]
-        z_channels = state["encoder.conv_out.weight"].shape[0]
+        vocab_size, code_width = shape_of(state, "quantize.embedding.weight", 2)
+        channels, *_ = shape_of(state, "encoder.conv_in.weight", 4)
+        z_channels, *_ = shape_of(state, "encoder.conv_out.weight", 4)
         levels = 1 + max(int(n.split(".")[2]) for n in state if n.startswith("encoder.conv_blocks."))
-        widths = [state[f"encoder.conv_blocks.{i}.res.0.conv1.weight"].shape[0] for i in range(levels)]
+        widths = [shape_of(state, f"encoder.conv_blocks.{i}.res.0.conv1.weight", 4)[0] for i in range(levels)]
         blocks = 1 + max(int(n.split(".")[4]) for n in state if n.startswith("encoder.conv_blocks.0.res."))
-    except (KeyError, ValueError) as error:
+    except ValueError as error:
         raise ValueError(f"this state is no LlamaGen tokenizer: {error}") from None
     return VQConfig(
         vocab_size=vocab_size,
@@ -141,13 +150,92 @@ def tokenizer_config(state: Mapping[str, Tensor]) -> VQConfig:
     )
 
 
+def own_tokenizer_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Upstream's tokenizer state with the usage record that some files lack."""
+    return {"quantize.codebook_used": VQModel.unused_record(), **state}
+
+
+def own_transformer_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A transformer's state without the rotary factors that some files carry: they follow from the sizes."""
+    return {name: tensor for name, tensor in state.items() if name != "freqs_cis"}
+
+
+def recognise(state: Mapping[str, Tensor]) -> str | None:
+    """Which of `ADAPTERS` a state belongs to, by its names; None is none of them."""
+    if any(name.startswith(("encoder.conv_blocks.", "decoder.conv_blocks.")) for name in state):
+        return "llamagen-tokenizer"
+    if not any(name.startswith(("tok_embeddings.", "layers.")) for name in state):
+        return None
+    return "dd1-llamagen" if is_student(state) else "llamagen"
+
+
+def blank_student(config: TransformerConfig) -> Student:
+    assert config.code_width is not None
+    tokenizer = VQModel(VQConfig(vocab_size=config.vocab_size, code_width=config.code_width))
+    return Student(LlamaGenTransformer(config), tokenizer, starts=(0,), split=0)
+
+
+ADAPTERS = {
+    "llamagen": Adapter(
+        title="LlamaGen transformer",
+        part="teacher",
+        optional="freqs_cis",
+        config=transformer_config,
+        blank=LlamaGenTransformer,
+        rename=lambda state, config: own_transformer_state(state),
+        restore=dict,
+    ),
+    "dd1-llamagen": Adapter(
+        title="DD1 student of a LlamaGen transformer",
+        part="student",
+        preferred=("ema",),
+        optional="freqs_cis",
+        config=functools.partial(transformer_config, student=True),
+        blank=blank_student,
+        rename=lambda state, config: own_student_state(own_transformer_state(state)),
+        restore=upstream_student_state,
+    ),
+    "llamagen-tokenizer": Adapter(
+        title="LlamaGen tokenizer",
+        part="tokenizer",
+        optional=r"quantize\.codebook_used",
+        config=tokenizer_config,
+        blank=VQModel,
+        rename=lambda state, config: own_tokenizer_state(state),
+        restore=dict,
+    ),
+}
+"""How upstream's states of this family are read and written."""
+SIZE_OPTIONS = ("n_head", "block_size")
+"""Sizes that no state tells."""
+TOKENIZER_SIZES = ()
+"""Of a transformer's sizes, those that its tokenizer's state does not tell."""
+
+
+def pairs_recipe(config: TransformerConfig) -> Recipe:
+    """How a published teacher's pairs are made (DD2, arXiv 2510.21003); from captions, upstream's own sampling."""
+    if config.caption_width is not None:
+        return Recipe(guidance_scale=7.5, top_k=1000)
+    return Recipe(guidance_scale=2.0, top_k=8000)
+
+
+def student_spans(config: TransformerConfig) -> tuple[tuple[int, ...], int]:
+    """Starts and split of the published students B and L; larger ones follow L, other lengths begin at a third."""
+    if config.tokens == 256:
+        return (0, 80), 80 if config.width == 768 else 130
+    third = config.tokens // 3
+    return tuple(sorted({0, third})), third
+
+
+# --- loading --------------------------------------------------------------------------------------------------
+
+
 def load_tokenizer(source: StateOrPath) -> VQModel:
     """A VQ tokenizer from upstream's state or file, in evaluation mode, fp32, on the CPU."""
-    state = read_state(source)
-    state.setdefault("quantize.codebook_used", VQModel.unused_record())
-    model = VQModel(tokenizer_config(state))
-    load_strictly(model, state, "LlamaGen tokenizer")
-    return model.eval()
+    adapter = ADAPTERS["llamagen-tokenizer"]
+    state = read_state(source, adapter.preferred)
+    config = adapter.config(state)
+    return build_tokenizer(config, adapter.own(state, config))
 
 
 def load_llamagen(
@@ -167,35 +255,18 @@ def load_llamagen(
     Raises:
         ValueError: keys are missing, extra or misshapen.
     """
-    state = read_state(model)
-    state.pop("freqs_cis", None)
-    backbone = LlamaGenTransformer(transformer_config(state, n_head, block_size))
-    load_strictly(backbone, state, "LlamaGen transformer")
-    return Teacher(backbone.eval(), load_tokenizer(tokenizer), family=FAMILY)
+    adapter = ADAPTERS["llamagen"]
+    state = read_state(model, adapter.preferred)
+    config = adapter.config(state, n_head, block_size)
+    return build_teacher(config, load_tokenizer(tokenizer), adapter.own(state, config), Recipe())
 
 
 def load_llamagen_student(
     model: StateOrPath, tokenizer: Tokenizer, n_head: int | None, block_size: int | None, split: int
 ) -> Student:
-    """A DD1 student from the published layout (`{'ema': ..., 'model': ...}` or the bare state)."""
-    state = read_state(model, ("ema", "model", "module", "state_dict"))
-    backbone = LlamaGenTransformer(transformer_config(state, n_head, block_size))
-    student = Student(backbone, tokenizer, starts=(0,), split=split)
-    load_strictly(student, {own_name(name): tensor for name, tensor in state.items()}, "LlamaGen DD1 student")
-    return student.eval()
-
-
-def own_name(upstream: str) -> str:
-    """The name in a `Student` of a parameter of upstream's DD1 transformer."""
-    for theirs, ours in (("n_d_embed.", "indicator."), ("final_layer_conti.", "continuous_head.")):
-        if upstream.startswith(theirs):
-            return ours + upstream.removeprefix(theirs)
-    return f"backbone.{upstream}"
-
-
-def upstream_name(own: str) -> str:
-    """The inverse of `own_name`."""
-    for theirs, ours in (("n_d_embed.", "indicator."), ("final_layer_conti.", "continuous_head."), ("", "backbone.")):
-        if own.startswith(ours):
-            return theirs + own.removeprefix(ours)
-    raise ValueError(f"{own} is no parameter of a student")
+    """A DD1 student from the published layout (`{'ema': ..., 'model': ...}` or the bare state); its starts are those
+    of `student_spans`."""
+    adapter = ADAPTERS["dd1-llamagen"]
+    state = read_state(model, adapter.preferred)
+    config = adapter.config(state, n_head, block_size)
+    return build_student(config, tokenizer, adapter.own(state, config), starts=student_spans(config)[0], split=split)

@@ -15,6 +15,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ddecode.student import renumber_layers
 from ddecode.types import Condition, KeyValueCache
 from third_party_loaders.attention import attend
 
@@ -77,19 +78,27 @@ class FeedForward(nn.Module):
         return self.w2(F.silu(self.w1(x)) * self.w3(x))
 
 
+def fit_input_map(codebook_VC: Tensor, table_VD: Tensor) -> dict[str, Tensor]:
+    """Least squares: table ~ codebook @ weight.T + bias. In float64, so that rounding hides the order of sums."""
+    codes = F.pad(codebook_VC.double(), (0, 1), value=1.0)
+    solution = torch.linalg.lstsq(codes, table_VD.double()).solution.float()
+    return {"tok_embeddings.weight": solution[:-1].T.contiguous(), "tok_embeddings.bias": solution[-1].clone()}
+
+
 def rotary_factors(side: int, head_width: int, prefix: int, base: float = 10000.0) -> Tensor:
     """cos and sin of the 2-D rotary angles, fp32 [P+L, d/2, 2]: rows turn the first half, columns the second.
 
     Condition positions have both factors zero, as upstream has it: their queries and keys vanish.
     """
     half = head_width // 2
-    rates = 1.0 / base ** (torch.arange(0, half, 2)[: half // 2].float() / half)
-    angles = torch.outer(torch.arange(side), rates)
+    # on the CPU, so real even while the weights are built on the meta device
+    rates = 1.0 / base ** (torch.arange(0, half, 2, device="cpu")[: half // 2].float() / half)
+    angles = torch.outer(torch.arange(side, device="cpu"), rates)
     rows = angles[:, None].expand(side, side, -1)
     columns = angles[None, :].expand(side, side, -1)
     grid = rearrange(torch.cat([rows, columns], -1), "h w f -> (h w) f")
     factors = torch.stack([grid.cos(), grid.sin()], -1)
-    return torch.cat([torch.zeros(prefix, half, 2), factors])
+    return torch.cat([factors.new_zeros(prefix, half, 2), factors])
 
 
 def rotate(x_BNHd: Tensor, factors_Nd2: Tensor) -> Tensor:
@@ -216,12 +225,25 @@ class LlamaGenTransformer(nn.Module):
         nn.init.zeros_(self.output.weight)
 
     def condition(self, labels: Tensor | tuple[Tensor, Tensor]) -> Condition:
-        """Labels int64 [B], or `(features [B,P,E], mask [B,P])` for a caption model."""
+        """Labels int64 [B], or `(features [B,P,E], mask [B,P])` for a caption model.
+
+        Raises:
+            ValueError: it is not what this model is conditioned on.
+        """
         if self.config.caption_width is None:
-            assert isinstance(labels, Tensor)
+            if not isinstance(labels, Tensor):
+                raise ValueError("this model takes class labels, not captions")
             prefix_BPD = self.cls_embedding(labels)
             return Condition(prefix_BPD=prefix_BPD, class_BD=prefix_BPD[:, 0])
+        length, width = self.config.caption_length, self.config.caption_width
+        if isinstance(labels, Tensor):
+            raise ValueError(f"this model takes captions: features [B, {length}, {width}] and a mask [B, {length}]")
         features_BPE, mask_BP = labels
+        if features_BPE.shape[1:] != (length, width) or mask_BP.shape != features_BPE.shape[:2]:
+            raise ValueError(
+                f"captions must be features [B, {length}, {width}] and a mask [B, {length}], got "
+                f"{tuple(features_BPE.shape)} and {tuple(mask_BP.shape)}"
+            )
         mask = mask_BP.bool()
         return Condition(prefix_BPD=self.cls_embedding(features_BPE), mask_BP=None if bool(mask.all()) else mask)
 
@@ -251,6 +273,12 @@ class LlamaGenTransformer(nn.Module):
     def vector_inputs(self, sequence_BLC: Tensor) -> Tensor:
         return self.tok_embeddings(sequence_BLC)
 
+    def student_state(self, teacher: "LlamaGenTransformer", codebook_VC: Tensor) -> dict[str, Tensor]:
+        """The teacher's weights, of fewer layers the evenly spaced ones; the input map is the least-squares fit of
+        the teacher's token table on the codes."""
+        state = renumber_layers(teacher.state_dict(), "layers", teacher.depth, self.depth)
+        return state | fit_input_map(codebook_VC, state["tok_embeddings.weight"])
+
     def new_cache(self, batch: int) -> KeyValueCache:
         config, weight = self.config, self.output.weight
         shape = (batch, config.heads, config.prefix + config.tokens, config.width // config.heads)
@@ -259,14 +287,14 @@ class LlamaGenTransformer(nn.Module):
     def hidden(
         self,
         inputs_BND: Tensor,
+        condition: Condition,
         *,
-        mask_BP: Tensor | None = None,
         cache: KeyValueCache | None = None,
         residuals: Sequence[Tensor] | None = None,
     ) -> Tensor:
         seen = 0 if cache is None else cache.length
         stop = seen + inputs_BND.shape[1]
-        mask = self.attention_mask(seen, stop, mask_BP, inputs_BND.device)
+        mask = self.attention_mask(seen, stop, condition.mask_BP, inputs_BND.device)
         h = inputs_BND
         for i, layer in enumerate(self.layers):
             h = layer(h, self.factors[seen:stop], mask, i, cache, None if residuals is None else residuals[i])
@@ -290,5 +318,5 @@ class LlamaGenTransformer(nn.Module):
             allowed = (allowed & real_BS[:, None, :]) | itself
         return allowed[:, None]
 
-    def logits(self, hidden_BND: Tensor) -> Tensor:
+    def logits(self, hidden_BND: Tensor, condition: Condition) -> Tensor:
         return self.output(self.norm(hidden_BND)).float()

@@ -1,10 +1,13 @@
 """State dicts as people have them: reading files without running code, unwrapping, strict loading."""
 
 import argparse
+import json
+import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -12,65 +15,203 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 StateOrPath = Mapping[str, Any] | str | Path
+ModuleType = TypeVar("ModuleType", bound=nn.Module)
+
+SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
+INDEX = ".safetensors.index.json"
+"""How the name of the list of a sharded state's files ends."""
+WRAPPERS = ("model", "module", "state_dict", "ema", "trainer", "var_wo_ddp", "ema_parameters", "vae_local")
+"""Keys under which training code nests the weights."""
+INSERTED = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+"""Parts of names that compiling and sharding put in, at any depth."""
+
+# --- reading --------------------------------------------------------------------------------------------------
 
 
-def read_state(
-    source: StateOrPath, wrappers: tuple[str, ...] = ("model", "module", "state_dict", "ema")
-) -> dict[str, Tensor]:
-    """A flat dict of tensors from a dict or a file (`.safetensors`, `.pt`, `.pth`).
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """Weights, and where they lay."""
+
+    tensors: dict[str, Tensor]
+    wrapper: str
+    """The keys they were nested under, joined by dots; empty for a bare state."""
+
+
+def read_state(source: StateOrPath, preferred: tuple[str, ...] = ()) -> dict[str, Tensor]:
+    """A flat dict of tensors from a dict, a file, a folder with one state, or the hub.
 
     Args:
-        source: the state itself, possibly wrapped, or a path.
-        wrappers: keys under which training code nests the weights, the preferred one first.
+        source: the state itself, possibly wrapped; a `.safetensors`, `.pt`, `.pth` or `.bin` file; a folder that holds
+            one; a hub id, `owner/name` or `owner/name/file`.
+        preferred: which of `WRAPPERS` to take first where a file holds several.
+
+    Returns:
+        Tensors as stored, mapped from the file where its format allows; names without `module.` and the like.
 
     Raises:
         ValueError: no such file, a damaged or unknown one, or one that holds more than tensors and plain values.
     """
-    tree: Any = source if isinstance(source, Mapping) else read_file(Path(source))
-    while not all(isinstance(v, Tensor) for v in tree.values()):
-        inner = next((tree[w] for w in wrappers if isinstance(tree.get(w), Mapping)), None)
-        if inner is None:
-            raise ValueError(
-                f"found no weights: expected tensors, or one of {', '.join(wrappers)}; got {preview(tree)}"
-            )
-        tree = inner
-    if not tree:
-        raise ValueError("the state is empty")
-    return {name.removeprefix("module."): tensor for name, tensor in tree.items()}
+    return unwrap(read_tree(source), preferred, title(source)).tensors
+
+
+def title(source: StateOrPath) -> str:
+    """What errors call it."""
+    return "the state" if isinstance(source, Mapping) else str(source)
+
+
+def read_tree(source: StateOrPath) -> Mapping[str, Any]:
+    """What a file or a folder holds, wrappers and all; a dict is itself."""
+    if isinstance(source, Mapping):
+        return source
+    path = Path(source)
+    if not path.exists() and is_hub_id(str(source)):
+        return read_file(download(str(source)))
+    if path.is_dir():
+        names = [file.name for file in path.iterdir() if file.is_file()]
+        path = path / choose(names, str(path))
+    return read_file(path)
+
+
+def is_hub_id(text: str) -> bool:
+    """`owner/name`, or `owner/name/file` with a known suffix; nothing below an existing folder."""
+    parts = text.split("/")
+    if len(parts) < 2 or not all(parts) or parts[0].startswith((".", "~")) or Path(parts[0]).exists():
+        return False
+    return text.endswith(SUFFIXES) == (len(parts) > 2)
+
+
+def choose(names: Iterable[str], where: str) -> str:
+    """Of a folder's files, the one that is its state.
+
+    Raises:
+        ValueError: there is none, or several and none has a usual name.
+    """
+    found = sorted(name for name in names if name.endswith((*SUFFIXES, INDEX)))
+    usual = ("model.safetensors", f"model{INDEX}", "pytorch_model.bin")
+    if best := [name for name in usual if name in found]:
+        return best[0]
+    if len(found) != 1:
+        many = f"several files with weights, {preview(found)}: name one" if found else "no file with weights"
+        raise ValueError(f"{where} holds {many}")
+    return found[0]
+
+
+def download(hub_id: str) -> Path:
+    """Fetch a state from the hub, or find it in the hub's cache."""
+    from huggingface_hub import hf_hub_download, list_repo_files
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    owner, name, *file = hub_id.split("/", 2)
+    repo = f"{owner}/{name}"
+    try:
+        chosen = file[0] if file else choose(list_repo_files(repo), f"hub repository {repo}")
+        path = Path(hf_hub_download(repo, chosen))
+        for shard in shards_of(path) if chosen.endswith(INDEX) else ():
+            hf_hub_download(repo, shard)
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(f"no local file {hub_id!r}, and the hub does not give it: {reason}") from None
+    return path
+
+
+def shards_of(index: Path) -> list[str]:
+    """The files that an index names.
+
+    Raises:
+        ValueError: it is damaged, or names files outside its folder.
+    """
+    try:
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ValueError(f"{index} is damaged: it is no index of shards") from None
+    if not all(isinstance(name, str) and name.endswith(".safetensors") and name == Path(name).name for name in names):
+        raise ValueError(f"{index} is damaged: shards are .safetensors files beside it")
+    return names
 
 
 def read_file(path: Path) -> dict[str, Any]:
+    """What one file holds; no code from it is run.
+
+    Raises:
+        ValueError: it is missing, damaged, of another format, or asks for more than tensors and plain values.
+    """
     if not path.is_file():
         raise ValueError(f"no checkpoint file {path}")
+    if path.name.endswith(INDEX):
+        return {name: tensor for shard in shards_of(path) for name, tensor in read_file(path.parent / shard).items()}
     if path.suffix == ".safetensors":
         try:
             return dict(load_file(path))
         except SafetensorError as error:
             raise ValueError(f"{path} is damaged: {error}") from None
-    if path.suffix not in (".pt", ".pth"):
-        raise ValueError(f"{path.name}: expected .safetensors, .pt or .pth")
+    if path.suffix not in SUFFIXES:
+        raise ValueError(f"{path.name}: expected {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}")
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             tree = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except Exception as error:  # torch raises many kinds for a damaged or unsafe file
-        raise ValueError(f"{path} cannot be read safely: {str(error).splitlines()[0]}") from None
+    except OSError:
+        raise
+    except Exception as error:  # torch raises many kinds for a damaged or unsafe file, and advises to read it unsafely
+        asked = re.search(r"GLOBAL (\S+)", str(error))
+        reason = f"it asks for {asked[1]}, and only tensors and plain values are read" if asked else "it is damaged"
+        raise ValueError(f"{path} cannot be read safely: {reason}") from None
     if not isinstance(tree, dict):
         raise ValueError(f"{path} holds no dict of weights")
     return tree
 
 
-def preview(names: Any) -> str:
+def unwrap(tree: Mapping[str, Any], preferred: tuple[str, ...], what: str) -> Found:
+    """The weights inside what training code saved.
+
+    Raises:
+        ValueError: there are none, or two names become one without what wrappers put in.
+    """
+    wrappers = tuple(dict.fromkeys((*preferred, *WRAPPERS)))
+    path: list[str] = []
+    while not all(isinstance(v, Tensor) for v in tree.values()):
+        key = next((w for w in wrappers if isinstance(tree.get(w), Mapping) and tree[w]), None)
+        if key is None:
+            expected = f"expected tensors, or one of {', '.join(wrappers)}"
+            raise ValueError(f"found no weights in {what}: {expected}; got {preview(tree)}")
+        tree, path = tree[key], [*path, key]
+    if not tree:
+        raise ValueError(f"{what} is empty")
+    return Found(tensors=plain_names(tree), wrapper=".".join(path))
+
+
+def plain_names(state: Mapping[Any, Tensor]) -> dict[str, Tensor]:
+    """Names as the bare model has them: without inserted parts, and without a `module.` that all begin with."""
+    names = {name: INSERTED.sub("", str(name)) for name in state}
+    while all(name.startswith("module.") for name in names.values()):
+        names = {old: name.removeprefix("module.") for old, name in names.items()}
+    plain: dict[str, Tensor] = {}
+    for old, name in names.items():
+        if name in plain:
+            raise ValueError(f"two tensors of this state are {name} once wrappers are taken off; one was {old}")
+        plain[name] = state[old]
+    return plain
+
+
+def preview(names: Iterable[Any]) -> str:
     names = sorted(map(str, names))
     return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
 
 
-def load_strictly(module: nn.Module, state: Mapping[str, Tensor], what: str) -> None:
-    """Assign `state` to `module` in fp32, by name.
+# --- loading --------------------------------------------------------------------------------------------------
+
+
+def meta_module(make: Callable[[], ModuleType]) -> ModuleType:
+    """Build a module without memory for its weights; `load_strictly` then assigns them."""
+    with torch.device("meta"):
+        return make()
+
+
+def check_names(target: Mapping[str, Tensor], state: Mapping[str, Tensor], what: str) -> None:
+    """Compare the names and shapes of `state` with those of `target`.
 
     Raises:
-        ValueError: keys are missing, extra or misshapen; all are named in one line.
+        ValueError: keys are missing, extra or misshapen; they are named in one line.
     """
-    target = module.state_dict()
     problems = []
     if missing := [n for n in target if n not in state]:
         problems.append(f"missing {preview(missing)}")
@@ -87,6 +228,15 @@ def load_strictly(module: nn.Module, state: Mapping[str, Tensor], what: str) -> 
         )
     if problems:
         raise ValueError(f"this state is no {what}: " + "; ".join(problems))
+
+
+def load_strictly(module: nn.Module, state: Mapping[str, Tensor], what: str) -> None:
+    """Assign `state` to `module` in fp32, by name; fp32 tensors are taken without a copy.
+
+    Raises:
+        ValueError: keys are missing, extra or misshapen; they are named in one line.
+    """
+    check_names(module.state_dict(), state, what)
     floats = {n: t.float() if t.is_floating_point() else t for n, t in state.items()}
     module.load_state_dict(floats, assign=True)
     for parameter in module.parameters():

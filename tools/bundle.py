@@ -4,34 +4,38 @@
         --teacher-config configs/fashion-llamagen-teacher.yaml --teacher RUN2/checkpoint/ema.safetensors \\
         --guidance-scale 1.5
     .venv/bin/python tools/bundle.py --name fashion-llamagen --student RUN3/model
+    .venv/bin/python tools/bundle.py --name fashion-llamagen --other small=fashion-llamagen-small
 
-First the teacher, since its pairs are made with the rounded weights; then its student. The recipe
-`configs/NAME.yaml` is copied beside the weights, for the demo.
+First the teacher, since its pairs are made with the rounded weights; then its student; a small teacher, bundled like
+the large one under its own name, becomes one that stitched plans may call. The recipe `configs/NAME.yaml` is copied
+beside the weights, for the demo.
 """
 
 import argparse
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from fashion_mnist import CLASS_NAMES
 from safetensors.torch import load_file
-from train_teacher import TeacherConfig
+from train_teacher import TeacherConfig, read_tokenizer
 
-from ddecode.checkpoint import ModelFolder, save_model
-from ddecode.config import as_dict, read_config
+from ddecode.checkpoint import ModelFolder, family_module, save_model
+from ddecode.config import as_dict, build, read_config
+from ddecode.files import write_aside
 from ddecode.teacher import Recipe
-from third_party_loaders.llamagen import build_backbone, load_tokenizer
-from third_party_loaders.llamagen_transformer import TransformerConfig
 
 ZOO = Path(__file__).parent.parent / "ddecode" / "zoo"
 
 
 def bundle_teacher(args: argparse.Namespace, folder: Path) -> None:
     config = read_config(args.teacher_config, TeacherConfig)
-    tokenizer = load_tokenizer(args.tokenizer)
-    backbone = build_backbone(TransformerConfig(**config.backbone), load_file(args.teacher))
+    family = family_module(config.family)
+    tokenizer = read_tokenizer(family, args.tokenizer, config)
+    sizes = build(family.BackboneConfig, config.backbone, "backbone")
+    backbone = family.build_backbone(sizes, tokenizer, load_file(args.teacher))
     recipe = Recipe(guidance_scale=args.guidance_scale, top_k=args.top_k, top_p=args.top_p)
     description = {
         "family": config.family,
@@ -44,13 +48,25 @@ def bundle_teacher(args: argparse.Namespace, folder: Path) -> None:
 
 
 def bundle_student(args: argparse.Namespace, folder: Path) -> None:
-    model = ModelFolder.open(args.student)
-    if model.teacher_hash() != ModelFolder.open(folder).teacher_hash():
+    zoo, run = ModelFolder.open(folder), ModelFolder.open(args.student)
+    if run.teacher_hash() != zoo.teacher_hash():
         raise SystemExit(f"{args.student} was distilled from another teacher than the one in {folder}")
-    student = model.student()
-    parts = {"tokenizer": student.tokenizer, "teacher": model.teacher().backbone, "student": student}
-    save_model(folder, {k: v for k, v in model.config.items() if k != "format"}, parts, dtype=torch.float16)
+    parts = {"tokenizer": zoo.tokenizer(), "teacher": zoo.teacher().backbone, "student": run.student()}
+    save_model(folder, without_format(zoo) | {"student": run.config["student"]}, parts, dtype=torch.float16)
     shutil.copy(ZOO.parent.parent / "configs" / f"{args.name}.yaml", folder / "recipe.yaml")
+
+
+def name_other(args: argparse.Namespace, folder: Path) -> None:
+    """Only the config changes, not the weights."""
+    zoo = ModelFolder.open(folder)
+    name, _, model = args.other.partition("=")
+    ModelFolder.open(model).require("teacher")
+    config = dict(zoo.config) | {"others": zoo.config.get("others", {}) | {name: model}}
+    write_aside(folder / "config.json", (json.dumps(config, indent=2) + "\n").encode())
+
+
+def without_format(model: ModelFolder) -> dict[str, Any]:
+    return {key: value for key, value in model.config.items() if key != "format"}
 
 
 def main() -> None:
@@ -59,6 +75,7 @@ def main() -> None:
     parser.add_argument("--tokenizer", type=Path)
     parser.add_argument("--teacher-config", type=Path)
     parser.add_argument("--teacher", type=Path)
+    parser.add_argument("--other", metavar="NAME=MODEL", help="let plans call MODEL's teacher NAME")
     parser.add_argument("--guidance-scale", type=float, default=0.0)
     parser.add_argument("--top-k", type=int, default=0)
     parser.add_argument("--top-p", type=float, default=1.0)
@@ -67,6 +84,8 @@ def main() -> None:
     folder = ZOO / args.name
     if args.student:
         bundle_student(args, folder)
+    elif args.other:
+        name_other(args, folder)
     else:
         bundle_teacher(args, folder)
     size = (folder / "model.safetensors").stat().st_size / 1e6

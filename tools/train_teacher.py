@@ -9,18 +9,21 @@
 import argparse
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
 from fashion_mnist import DEFAULT_FOLDER, load_fashion_mnist, to_model_range
-from torch import Tensor
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional
 
-from ddecode.config import TrainingConfig, as_dict, read_config
+from ddecode.checkpoint import family_module
+from ddecode.config import TrainingConfig, as_dict, build, read_config
 from ddecode.objectives.likelihood import LikelihoodObjective
 from ddecode.teacher import Recipe
 from ddecode.training import train
-from third_party_loaders.llamagen import build_teacher, load_tokenizer
-from third_party_loaders.llamagen_transformer import TransformerConfig
+from ddecode.types import Tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +34,13 @@ class TeacherConfig:
     backbone: dict[str, Any]
     training: TrainingConfig
     label_drop: float = 0.1
+
+
+def read_tokenizer(family: ModuleType, path: Path, config: TeacherConfig) -> Tokenizer:
+    """A tokenizer as `tools/train_tokenizer.py` writes it."""
+    state = load_file(path)
+    scales = [build(tuple[int, ...], config.backbone["patch_nums"], "patch_nums")] if config.family == "var" else []
+    return family.build_tokenizer(family.tokenizer_config(state, *scales), state)
 
 
 class ImageTokens:
@@ -55,22 +65,55 @@ def encode_training_set(tokenizer: Any, folder: Path) -> ImageTokens:
     return ImageTokens(torch.cat(ids), labels_N.repeat(2))
 
 
+def read_samples(tokenizer: Any, args: argparse.Namespace) -> ImageTokens:
+    if args.tokens and args.tokens.exists():
+        tensors = load_file(args.tokens)
+        return ImageTokens(tensors["ids"].long(), tensors["labels"])
+    samples = encode_training_set(tokenizer, args.data)
+    if args.tokens:
+        args.tokens.parent.mkdir(parents=True, exist_ok=True)
+        save_file({"ids": samples.ids_NL.to(torch.int16), "labels": samples.labels_N}, args.tokens)
+    return samples
+
+
+@torch.no_grad()
+def begin_from(backbone: nn.Module, state: dict[str, Tensor]) -> None:
+    """Load weights. VAR's modulation maps, where every block has its own and `backbone` shares one, become their mean,
+    and what a block's says beside it on the average of the classes becomes that block's constant."""
+    if "shared_ada_lin.1.weight" in backbone.state_dict() and "shared_ada_lin.1.weight" not in state:
+        maps = [n.removesuffix(".weight") for n in state if n.endswith(".ada_lin.1.weight") and n.startswith("blocks.")]
+        shared = torch.stack([state[f"{name}.weight"] for name in maps]).mean(0)
+        class_D = functional.silu(state["class_emb.weight"]).mean(0)
+        for name in maps:
+            weight, bias = state.pop(f"{name}.weight"), state.pop(f"{name}.bias")
+            constant = bias + (weight - shared) @ class_D
+            state[name.replace("ada_lin.1", "ada_gss")] = constant.view(1, 1, 6, -1)
+        state |= {"shared_ada_lin.1.weight": shared, "shared_ada_lin.1.bias": torch.zeros(len(shared))}
+    backbone.load_state_dict(state)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", type=Path, required=True)
     parser.add_argument("--tokenizer", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--data", type=Path, default=DEFAULT_FOLDER)
+    parser.add_argument("--init", type=Path, help="begin from these weights")
+    parser.add_argument("--tokens", type=Path, help="the training set's tokens: read, or written the first time")
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value")
     args = parser.parse_args()
 
     config = read_config(args.config, TeacherConfig, args.overrides)
     torch.manual_seed(config.training.seed)
-    tokenizer = load_tokenizer(args.tokenizer)
-    teacher = build_teacher(TransformerConfig(**config.backbone), tokenizer, None, Recipe())
+    family = family_module(config.family)
+    tokenizer = read_tokenizer(family, args.tokenizer, config)
+    sizes = build(family.BackboneConfig, config.backbone, "backbone")
+    teacher = family.build_teacher(sizes, tokenizer, None, Recipe())
+    if args.init:
+        begin_from(teacher.backbone, load_file(args.init))
     objective = LikelihoodObjective(teacher, label_drop=config.label_drop)
-    samples = encode_training_set(tokenizer, args.data)
+    samples = read_samples(tokenizer, args)
     train(objective, samples, config.training, args.out, identity=as_dict(config), resume=args.resume)
 
 

@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Sequence
 from typing import NoReturn
 
-VERBS = ("demo", "info", "sample", "pairs", "distill", "eval", "bench")
+VERBS = ("demo", "info", "sample", "pairs", "distill", "eval", "bench", "convert")
 
 
 class Parser(argparse.ArgumentParser):

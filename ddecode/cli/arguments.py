@@ -4,13 +4,51 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from ddecode.pipeline import Steps
+from ddecode.checkpoint import ModelFolder
+from ddecode.pipeline import DistilledPipeline, Steps
+from ddecode.plan import NAME
+from ddecode.sampling import Model
 
 MODEL_HELP = "a bundled model's name, a model folder or a hub id (owner/name)"
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+
+
+def add_with(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--with",
+        dest="others",
+        action="append",
+        default=[],
+        metavar="NAME=MODEL",
+        help="let plans call MODEL's teacher NAME (MODEL#student: its student); may be repeated",
+    )
+
+
+def open_pipeline(args: argparse.Namespace) -> DistilledPipeline:
+    """MODEL with those of `--with`.
+
+    Raises:
+        ValueError: one cannot be loaded, has other tokens, or takes captions instead of class labels.
+    """
+    pipe = DistilledPipeline.from_pretrained(args.model, others=dict(read_other(text) for text in args.others))
+    if not pipe.num_classes:
+        raise ValueError(f"{args.model} takes captions, not class labels: sample it from Python, with Teacher.generate")
+    return pipe
+
+
+def read_other(text: str) -> tuple[str, Model]:
+    """`NAME=MODEL` or `NAME=MODEL#student` to a model by its name in plans."""
+    name, found, source = text.partition("=")
+    if not found or not NAME.fullmatch(name):
+        raise ValueError(f"--with takes NAME=MODEL, got {text!r}")
+    model, _, part = source.partition("#")
+    if part not in ("", "teacher", "student"):
+        raise ValueError(f"--with {text}: a model's part is teacher or student, got {part!r}")
+    folder = ModelFolder.open(model)
+    return name, folder.student() if part == "student" else folder.teacher()
 
 
 def add_config(parser: argparse.ArgumentParser) -> None:

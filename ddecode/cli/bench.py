@@ -18,7 +18,7 @@ from ddecode.benchmark import (
     machine_name,
     named_plans,
 )
-from ddecode.cli.arguments import add_model, read_steps
+from ddecode.cli.arguments import add_model, add_with, open_pipeline, read_steps
 from ddecode.pipeline import DistilledPipeline
 
 DESCRIPTION = """\
@@ -36,6 +36,7 @@ def add_parser(subparsers: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_model(parser)
+    add_with(parser)
     parser.add_argument(
         "--steps", default="teacher,1,2", help="numbers of student passes, or teacher, by commas (default %(default)s)"
     )
@@ -69,7 +70,7 @@ def run(args: argparse.Namespace) -> None:
     check_settings(batches, **settings)
     if args.json is not None:
         check_writable(args.json)
-    pipe = DistilledPipeline.from_pretrained(args.model)
+    pipe = open_pipeline(args)
     names = list(named_plans(pipe, plans))
     print(headline(args, pipe, names), flush=True)
     result = benchmark(pipe, plans, batches, **settings)

@@ -5,16 +5,16 @@ from pathlib import Path
 from typing import Any
 
 from ddecode.checkpoint import ModelFolder, zoo_folder
-from ddecode.cli.arguments import add_model, at_least, read_steps
+from ddecode.cli.arguments import add_model, add_with, at_least, open_pipeline, read_steps
 from ddecode.evaluation.zoo import Judge, as_json, evaluate, table
 from ddecode.files import write_aside
-from ddecode.pipeline import DistilledPipeline
 from ddecode.plan import Plan
 
 
 def add_parser(verbs: Any) -> None:
     parser = verbs.add_parser("eval", help="judge a model by a named protocol", description=__doc__)
     add_model(parser)
+    add_with(parser)
     parser.add_argument("--steps", default="teacher,1,2", help="comma-separated (default: teacher,1,2)")
     parser.add_argument("--plan", action="append", default=[], help="a further plan; may be repeated")
     parser.add_argument("--num", type=at_least(1), default=5000, help="samples of each set (default: 5000)")
@@ -28,7 +28,7 @@ def add_parser(verbs: Any) -> None:
 def run(args: argparse.Namespace) -> None:
     folder = ModelFolder.open(args.model)
     judge = open_judge(folder)
-    pipe = DistilledPipeline.from_pretrained(args.model)
+    pipe = open_pipeline(args)
     plans: dict[str, Plan] = {str(steps): pipe.plan(steps) for steps in read_steps(args.steps)}
     plans |= {text: pipe.plan(plan=text) for text in args.plan}
     result = evaluate(pipe, plans, judge, model=folder.path.name, num=args.num, seed=args.seed, batch=args.batch)

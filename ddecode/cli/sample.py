@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from ddecode.cli.arguments import add_model, at_least, read_classes, read_step
+from ddecode.cli.arguments import add_model, add_with, at_least, open_pipeline, read_classes, read_step
 from ddecode.images import check_out, save_images
 from ddecode.pipeline import DistilledPipeline
 from ddecode.plan import Plan
@@ -17,6 +17,7 @@ from ddecode.randomness import sample_generators
 def add_parser(verbs: Any) -> None:
     parser = verbs.add_parser("sample", help="write images", description=__doc__)
     add_model(parser)
+    add_with(parser)
     parser.add_argument("--steps", help="student passes, or 'teacher' (default: 1)")
     parser.add_argument("--plan", help="instead of --steps: who:start-stop,...")
     parser.add_argument("--classes", help="comma-separated; sample i gets the i-th, round and round (default: all)")
@@ -29,7 +30,7 @@ def add_parser(verbs: Any) -> None:
 
 def run(args: argparse.Namespace) -> None:
     check_out(args.out)
-    pipe = DistilledPipeline.from_pretrained(args.model)
+    pipe = open_pipeline(args)
     plan = pipe.plan(None if args.steps is None else read_step(args.steps), args.plan)
     classes = (
         read_classes(args.classes, pipe.num_classes) if args.classes is not None else list(range(pipe.num_classes))

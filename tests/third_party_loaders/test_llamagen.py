@@ -4,14 +4,13 @@ B batch, L token positions, P condition positions, V codes, C code width.
 """
 
 import argparse
-import json
 import pathlib
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors import safe_open
+from parity import close, fixture, needs_parity
 from safetensors.torch import save_file
 from tiny import C, L, make_student, make_teacher, scramble, seeded
 from torch import Tensor
@@ -19,15 +18,14 @@ from torch.nn import functional as F
 
 from ddecode.student import Student
 from ddecode.teacher import Teacher
+from ddecode.trajectory import resolve
 from third_party_loaders import load_dd1_student, load_llamagen
+from third_party_loaders.adapter import own_student_state, upstream_student_state
 from third_party_loaders.attention import attend
-from third_party_loaders.llamagen import load_tokenizer, own_name, transformer_config, upstream_name
+from third_party_loaders.llamagen import load_tokenizer, transformer_config
 from third_party_loaders.llamagen_tokenizer import VQConfig, VQModel
 from third_party_loaders.llamagen_transformer import LlamaGenTransformer, TransformerConfig, rotary_factors
 from third_party_loaders.state import read_state
-
-PARITY = Path(__file__).resolve().parents[3] / "shared" / "parity"
-needs_parity = pytest.mark.skipif(not PARITY.is_dir(), reason="upstream's tensors are not at ../shared/parity")
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +36,7 @@ def states() -> dict[str, dict[str, Tensor]]:
     return {
         "model": teacher.backbone.state_dict(),
         "tokenizer": teacher.tokenizer.state_dict(),
-        "student": {upstream_name(name): tensor for name, tensor in student.state_dict().items()},
+        "student": upstream_student_state(student.state_dict()),
     }
 
 
@@ -54,19 +52,6 @@ def same_logits(a: Teacher, b: Teacher) -> bool:
 
 
 # --- upstream's own figures -----------------------------------------------------------------------------------
-
-
-def fixture(name: str) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
-    with safe_open(PARITY / f"{name}.safetensors", "pt") as file:
-        parts: dict[str, dict[str, Tensor]] = {"model": {}, "tokenizer": {}, "in": {}, "out": {}}
-        for key in sorted(file.keys()):
-            part, _, rest = key.partition(".")
-            parts[part][rest] = file.get_tensor(key)
-        return json.loads(file.metadata()["config"]), parts
-
-
-def close(ours: Tensor, theirs: Tensor, limit: float = 2e-4) -> None:
-    assert (ours - theirs.float()).abs().max() <= limit * theirs.float().abs().max()
 
 
 @needs_parity
@@ -171,9 +156,9 @@ def test_student_names_go_to_upstream_and_back(states: dict[str, dict[str, Tenso
     expected = {"n_d_embed.weight", "final_layer_conti.linear.weight", "final_layer_conti.linear.bias"}
     expected |= {"final_layer_conti.scale_shift_table", "tok_embeddings.bias", "layers.1.attention.wqkv.weight"}
     assert expected <= set(theirs)
-    assert all(upstream_name(own_name(name)) == name for name in theirs)
+    assert list(upstream_student_state(own_student_state(theirs))) == list(theirs)
     with pytest.raises(ValueError, match="no parameter of a student"):
-        upstream_name("head.weight")
+        upstream_student_state({"head.weight": torch.zeros(1)})
 
 
 @pytest.mark.parametrize(
@@ -255,6 +240,23 @@ def test_captions_are_cached_and_guided_as_uncached(caption_teacher: Teacher) ->
         cond, uncond = (caption_teacher.logits(ids, c)[:, i] for c in (condition, null))
         ids[:, i] = (uncond + 3 * (cond - uncond)).argmax(-1)
     assert torch.equal(caption_teacher.generate(condition, guidance_scale=3.0, top_k=1), ids)
+
+
+def test_a_condition_of_the_wrong_kind_is_refused(caption_teacher: Teacher, teacher: Teacher) -> None:
+    features, mask = torch.zeros(2, 5, 12), torch.ones(2, 5)
+    with pytest.raises(ValueError, match="takes class labels, not captions"):
+        teacher.generate((features, mask))
+    for wrong in ([0, 0], (features[:, :4], mask[:, :4]), (features[..., :3], mask), (features, mask[:1])):
+        with pytest.raises(ValueError, match="captions"):
+            caption_teacher.generate(wrong)
+
+
+def test_nothing_given_is_one_sample_without_condition(caption_teacher: Teacher, teacher: Teacher) -> None:
+    null = caption_teacher.backbone.null_labels(1)
+    assert torch.equal(caption_teacher.generate(None, top_k=1), caption_teacher.generate(null, top_k=1))
+    assert torch.equal(teacher.generate(None, top_k=1), teacher.generate(teacher.num_classes, top_k=1))
+    noise = torch.randn(2, L, C, generator=seeded(0))
+    assert torch.equal(resolve(teacher, noise, None), resolve(teacher, noise, teacher.num_classes))
 
 
 def test_no_caption_is_the_unconditional_embedding(caption_teacher: Teacher) -> None:
@@ -413,9 +415,9 @@ def test_damaged_and_unknown_files_are_named(name: str, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(b"\x80\x02not a checkpoint")
     with pytest.raises(ValueError, match=name):
         read_state(tmp_path / name)
-    (tmp_path / "weights.bin").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"weights\.bin: expected \.safetensors, \.pt or \.pth"):
-        read_state(tmp_path / "weights.bin")
+    (tmp_path / "weights.ckpt").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"weights\.ckpt: expected \.safetensors, \.pt, \.pth or \.bin"):
+        read_state(tmp_path / "weights.ckpt")
     torch.save([1, 2], tmp_path / "list.pt")
     with pytest.raises(ValueError, match=r"list\.pt holds no dict"):
         read_state(tmp_path / "list.pt")

@@ -1,0 +1,453 @@
+"""Converting: what came in comes out bit for bit, what is wrong is judged first and leaves nothing behind."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import pytest
+import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
+from safetensors.torch import load_file, save_file
+from tiny import (
+    VAR_SCALES,
+    L,
+    make_student,
+    make_teacher,
+    make_var_student,
+    make_var_teacher,
+    save_tiny,
+    seeded,
+    tree_of,
+)  # fmt: skip
+from torch import Tensor
+
+from ddecode import DistilledPipeline, load_teacher
+from ddecode.checkpoint import ModelFolder
+from ddecode.cli import main
+from ddecode.conversion import KINDS, Options, convert, family_of
+from third_party_loaders import identify, llamagen, var
+
+State = dict[str, Tensor]
+Capture = pytest.CaptureFixture[str]
+SIZES = {"llamagen": ["--n-head", "2", "--block-size", str(L)], "var": ["--patch-nums", "1,2,3"]}
+OPTIONS = {"llamagen": Options(n_head=2, block_size=L), "var": Options(patch_nums=VAR_SCALES)}
+OPTIONAL = ("lvl_1L", "attn_bias_for_masking", "zero_k_bias", "codebook_used")
+
+
+def random_like(state: State, seed: int) -> State:
+    """Other weights of the same names and shapes; constants and derived buffers stay."""
+    g = seeded(seed)
+    return {n: t if n.endswith(OPTIONAL) else torch.randn(t.shape, generator=g) for n, t in sorted(state.items())}
+
+
+@pytest.fixture(scope="module")
+def states() -> dict[str, State]:
+    """By kind, complete states in upstream's layout."""
+    made: dict[str, State] = {}
+    teachers: dict[str, Any] = {"llamagen": make_teacher(seed=3), "var": make_var_teacher(seed=3)}
+    for family, teacher in teachers.items():
+        module: Any = {"llamagen": llamagen, "var": var}[family]
+        student = make_student(teacher) if family == "llamagen" else make_var_student(teacher)
+        parts = {"": teacher.backbone, "dd1-": student, "-tokenizer": teacher.tokenizer}
+        for seed, (mark, part) in enumerate(parts.items()):
+            kind = mark + family if mark != "-tokenizer" else family + mark
+            sizes = part.backbone.config if kind.startswith("dd1") else part.config
+            upstream = module.ADAPTERS[kind].upstream(part.state_dict(), sizes)
+            made[kind] = random_like(upstream, seed)
+    return made
+
+
+def cast(state: State, dtype: torch.dtype) -> State:
+    return {n: t.to(dtype) if t.is_floating_point() else t for n, t in state.items()}
+
+
+def run(*arguments: object) -> int:
+    try:
+        return main([str(a) for a in arguments])
+    except SystemExit as stop:
+        return int(stop.code or 0)
+
+
+def refused(capsys: Capture, *arguments: object) -> str:
+    capsys.readouterr()
+    status = run(*arguments)
+    captured = capsys.readouterr()
+    assert (status, captured.out, len(captured.err.splitlines())) == (2, "", 1), captured.err
+    return captured.err
+
+
+def identical(path: Path, state: State) -> None:
+    """The file holds these names, types and bits, and no others."""
+    back = load_file(path)
+    assert back.keys() == state.keys()
+    for name, tensor in state.items():
+        assert back[name].dtype == tensor.dtype and back[name].shape == tensor.shape, name
+        assert back[name].flatten().view(torch.uint8).equal(tensor.contiguous().flatten().view(torch.uint8)), name
+
+
+def there_and_back(tmp_path: Path, kind: str, state: State, tokenizer: State | None) -> Path:
+    """The model folder on the way; asserts that what comes out is what came in."""
+    torch.save({"model": state}, tmp_path / "state.pth")
+    options = [*SIZES[family_of(kind)]]
+    if tokenizer is not None:
+        save_file(tokenizer, tmp_path / "tokens.safetensors")
+        options += ["--tokenizer", tmp_path / "tokens.safetensors"]
+    folder, out = tmp_path / "new" / "model", tmp_path / "out"
+    assert run("convert", tmp_path / "state.pth", "--family", kind, "--out", folder, *options) == 0
+    assert run("convert", folder, "--family", kind, "--out", out) == 0
+    identical(out / "model.safetensors", state)
+    assert sorted(tree_of(out)) == ["model.safetensors"] + (["tokenizer.safetensors"] if tokenizer else [])
+    if tokenizer is not None:
+        identical(out / "tokenizer.safetensors", tokenizer)
+    return folder
+
+
+# --- there and back -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_comes_in_comes_out_bit_for_bit(
+    kind: str, dtype: torch.dtype, states: dict[str, State], tmp_path: Path
+) -> None:
+    tokenizer = cast(states[f"{family_of(kind)}-tokenizer"], dtype)
+    folder = there_and_back(tmp_path, kind, cast(states[kind], dtype), tokenizer)
+    assert sorted(tree_of(folder)) == ["config.json", "model.safetensors"]
+    pipe = DistilledPipeline.from_pretrained(folder)
+    steps = 2 if kind.startswith("dd1") else "teacher"
+    assert pipe([0, 1], num_inference_steps=steps, generator=seeded(0), output_type="np").images.std() > 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_a_state_lacks_does_not_come_out(kind: str, states: dict[str, State], tmp_path: Path) -> None:
+    def bare(state: State) -> State:
+        return {n: t for n, t in state.items() if not n.endswith(OPTIONAL)}
+
+    there_and_back(tmp_path, kind, bare(states[kind]), bare(states[f"{family_of(kind)}-tokenizer"]))
+
+
+def test_old_rotary_factors_and_odd_types_come_out(states: dict[str, State], tmp_path: Path) -> None:
+    factors = torch.randn(17, 8, 2, dtype=torch.float64)
+    there_and_back(tmp_path, "llamagen", states["llamagen"] | {"freqs_cis": factors}, None)
+    there = {"lvl_1L": states["var"]["lvl_1L"].int(), "head.bias": states["var"]["head.bias"].double()}
+    (tmp_path / "var").mkdir()
+    there_and_back(tmp_path / "var", "var", states["var"] | there, None)
+
+
+def test_tensors_that_share_memory_come_out(states: dict[str, State], tmp_path: Path) -> None:
+    state = dict(states["llamagen"])
+    state["layers.1.ffn_norm.weight"] = state["layers.0.ffn_norm.weight"]
+    there_and_back(tmp_path, "llamagen", state, None)
+
+
+def test_a_folder_is_the_loaded_model(states: dict[str, State], tmp_path: Path) -> None:
+    folder = there_and_back(tmp_path, "var", states["var"], states["var-tokenizer"])
+    ours = load_teacher(folder)
+    theirs = var.load_var(states["var"], states["var-tokenizer"], VAR_SCALES)
+    ids = torch.randint(32, (2, 14), generator=seeded(0))
+    assert torch.equal(ours.logits(ids, [0, 1]), theirs.logits(ids, [0, 1]))
+    assert (ours.recipe.guidance_scale, ours.recipe.top_k, ours.recipe.top_p) == (2.0, 32, 0.95)
+    assert load_teacher(str(folder)).recipe == ours.recipe
+
+
+def test_without_a_tokenizer_a_model_is_described_not_sampled(
+    states: dict[str, State], tmp_path: Path, capsys: Capture
+) -> None:
+    folder = there_and_back(tmp_path, "llamagen", states["llamagen"], None)
+    assert run("info", folder) == 0 and "heads" in capsys.readouterr().out
+    error = refused(capsys, "sample", folder, "--steps", "teacher", "--out", tmp_path / "x.png")
+    assert "model has no tokenizer: convert it again with --tokenizer" in error
+    with pytest.raises(ValueError, match="has no tokenizer"):
+        load_teacher(folder)
+
+
+@pytest.mark.parametrize("family", ["llamagen", "var"])
+def test_models_made_here_come_out_in_the_published_layout(
+    family: str, states: dict[str, State], tmp_path: Path
+) -> None:
+    teacher: Any = make_teacher(seed=3) if family == "llamagen" else make_var_teacher(seed=3)
+    student = make_student(teacher) if family == "llamagen" else make_var_student(teacher)
+    pipe = DistilledPipeline(tokenizer=teacher.tokenizer, teacher=teacher, student=student)
+    folder = save_tiny(tmp_path / "model", pipe)
+    for kind in (family, f"dd1-{family}"):
+        assert convert(str(folder), kind, tmp_path / kind)[1:] == ["tokenizer"]
+        out = load_file(tmp_path / kind / "model.safetensors")
+        assert {n: (t.shape, t.dtype) for n, t in out.items()} == {
+            n: (t.shape, t.dtype) for n, t in states[kind].items()
+        }, "derived buffers are computed"
+        assert all(torch.equal(out[n], states[kind][n]) for n in out if n.endswith(OPTIONAL))
+        assert identify(tmp_path / kind)[0] == kind
+        again = tmp_path / f"{kind}-again"
+        tokens = str(tmp_path / kind / "tokenizer.safetensors")
+        convert(str(tmp_path / kind), kind, again, tokenizer=tokens, options=OPTIONS[family])
+        part = "student" if kind.startswith("dd1") else "teacher"
+        ours, theirs = ModelFolder.open(folder).state(part), ModelFolder.open(again).state(part)
+        assert ours.keys() == theirs.keys() and all(torch.equal(ours[n], theirs[n]) for n in ours)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "starts", "split"),
+    [
+        ("dd1-var", {}, [0, 1], 1),
+        ("dd1-llamagen", {}, [0, 5], 5),
+        ("dd1-llamagen", {"starts": (0, 4, 8), "split": 0}, [0, 4, 8], 0),
+    ],
+)
+def test_starts_and_split(
+    kind: str, options: dict[str, Any], starts: list[int], split: int, states: dict[str, State], tmp_path: Path
+) -> None:
+    save_file(states[kind], tmp_path / "x.safetensors")
+    sizes = OPTIONS[family_of(kind)].given
+    convert(str(tmp_path / "x.safetensors"), kind, tmp_path / "model", options=Options(**sizes | options))
+    group = ModelFolder.open(tmp_path / "model").config["student"]
+    assert (group["starts"], group["split"]) == (starts, split)
+
+
+def test_published_students_start_where_they_were_trained() -> None:
+    scales = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
+    sizes: dict[str, Any] = {"vocab_size": 4096, "code_width": 32, "width": 64, "heads": 1, "patch_nums": scales}
+    found = {depth: var.student_spans(var.VARConfig(depth=depth, **sizes)) for depth in (16, 20, 24, 30)}
+    assert found == {16: ((0, 55), 55), 20: ((0, 30), 30), 24: ((0, 30), 30), 30: ((0, 30), 30)}
+    tokens = [
+        llamagen.student_spans(llamagen.TransformerConfig(vocab_size=8, width=width, depth=1, heads=8, code_width=8))
+        for width in (768, 1024, 1280)
+    ]
+    assert tokens == [((0, 80), 80), ((0, 80), 130), ((0, 80), 130)]
+
+
+# --- judging --------------------------------------------------------------------------------------------------
+
+
+def test_every_kind_is_recognised_and_described(states: dict[str, State], tmp_path: Path, capsys: Capture) -> None:
+    for kind, state in states.items():
+        assert identify(state)[0] == kind
+        for name in sorted(state)[::7]:
+            assert identify({n: t for n, t in state.items() if n != name})[0] == kind, f"without {name}"
+        torch.save({"trainer": {"ema_parameters": cast(state, torch.float16)}}, tmp_path / "x.pth")
+        assert run("info", tmp_path / "x.pth", "--json") == 0
+        facts = json.loads(capsys.readouterr().out)
+        assert (facts["kind"], facts["wrapper"]) == (kind, "trainer.ema_parameters")
+        assert facts["dtype"] == "float16"
+        assert facts["parameters"] == sum(t.numel() for n, t in state.items() if not n.endswith(OPTIONAL))
+    assert run("info", tmp_path / "x.pth") == 0
+    assert "kind: " in capsys.readouterr().out
+
+
+def test_of_a_training_file_model_and_tokenizer_are_both_found(states: dict[str, State], tmp_path: Path) -> None:
+    trainer = {"var_wo_ddp": states["dd1-var"], "ema_parameters": cast(states["dd1-var"], torch.bfloat16)}
+    torch.save({"trainer": trainer | {"vae_local": states["var-tokenizer"]}}, tmp_path / "ar-ckpt.pth")
+    path = str(tmp_path / "ar-ckpt.pth")
+    convert(path, "dd1-var", tmp_path / "model", tokenizer=path, options=OPTIONS["var"])
+    convert(str(tmp_path / "model"), "dd1-var", tmp_path / "out")
+    identical(tmp_path / "out" / "model.safetensors", cast(states["dd1-var"], torch.bfloat16))
+    identical(tmp_path / "out" / "tokenizer.safetensors", states["var-tokenizer"])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_another_family_is_named_before_all_else(
+    kind: str, states: dict[str, State], tmp_path: Path, capsys: Capture
+) -> None:
+    save_file(states[kind], tmp_path / "x.safetensors")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").write_text("mine")
+    for other in KINDS:
+        if other != kind:
+            wrong = ["--tokenizer", "nowhere.pth", "--out", tmp_path / "full", "--split", 3]
+            error = refused(capsys, "convert", tmp_path / "x.safetensors", "--family", other, *wrong)
+            assert f"({kind}), not {other}: give --family {kind}" in error
+    assert tree_of(tmp_path / "full") == {"file": b"mine"}
+
+
+def test_a_model_folder_is_judged_first(model: Path, tmp_path: Path, capsys: Capture) -> None:
+    error = refused(capsys, "convert", model, "--family", "var", "--tokenizer", "x.pth", "--out", model)
+    assert "tiny is a ddecode model, not var: it converts to --family llamagen or dd1-llamagen" in error
+    error = refused(capsys, "convert", model, "--family", "llamagen", "--tokenizer", "x.pth", "--out", tmp_path / "o")
+    assert "--tokenizer is for upstream's states" in error
+    error = refused(capsys, "convert", model, "--family", "llamagen", "--out", model)
+    assert "is there already" in error and sorted(tree_of(model)) == ["config.json", "model.safetensors"]
+
+
+def break_missing(state: State) -> str:
+    del state["final_layer_conti.linear.bias"], state["blocks.1.attn.proj.weight"]
+    return "missing blocks.1.attn.proj.weight, final_layer_conti.linear.bias"
+
+
+def break_extra(state: State) -> str:
+    state["surprise"] = torch.zeros(1)
+    return "unknown surprise"
+
+
+def break_shape(state: State) -> str:
+    state["layerwise_n_d_embed.0.weight"] = torch.zeros(3)
+    return "misshapen layerwise_n_d_embed.0.weight is (3,), expected (16, 16)"
+
+
+def break_sizes(state: State) -> str:
+    state["head.weight"] = torch.zeros(3)
+    return "misshapen head.weight is (3,), expected 2 dimensions"
+
+
+def break_buffer(state: State) -> str:
+    state["attn_bias_for_masking"] = torch.zeros_like(state["attn_bias_for_masking"])
+    return "attn_bias_for_masking of this state does not belong to patch_nums [1, 2, 3]"
+
+
+@pytest.mark.parametrize("change", [break_missing, break_extra, break_shape, break_sizes, break_buffer])
+def test_wrong_keys_are_named_as_upstream_names_them(
+    change: Callable[[State], str], states: dict[str, State], tmp_path: Path, capsys: Capture
+) -> None:
+    state = dict(states["dd1-var"])
+    named = change(state)
+    torch.save(state, tmp_path / "x.pth")
+    out = tmp_path / "new" / "model"
+    assert named in refused(capsys, "convert", tmp_path / "x.pth", "--family", "dd1-var", "--out", out)
+    assert not out.parent.exists()
+    assert run("info", tmp_path / "x.pth") == 0 and named in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", ["var-tokenizer", "llamagen-tokenizer"])
+def test_wrong_keys_of_a_tokenizer_are_named(kind: str, states: dict[str, State], tmp_path: Path) -> None:
+    family = family_of(kind)
+    name = {"var": "encoder.mid.attn_1.qkv.weight", "llamagen": "decoder.conv_blocks.0.res.0.conv1.bias"}[family]
+    save_file(states[family], tmp_path / "x.safetensors")
+    for change, message in (
+        ({name: None}, f"missing {name}"),
+        ({"more": torch.zeros(1)}, "unknown more"),
+        ({name: torch.zeros(6)}, rf"misshapen {name} is \(6,\), expected"),
+    ):
+        state = {n: t for n, t in (states[kind] | change).items() if t is not None}
+        save_file(state, tmp_path / "tokens.safetensors")
+        with pytest.raises(ValueError, match=message):
+            convert(
+                str(tmp_path / "x.safetensors"),
+                family,
+                tmp_path / "model",
+                tokenizer=str(tmp_path / "tokens.safetensors"),
+                options=OPTIONS[family],
+            )
+    assert not (tmp_path / "model").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["x.st.safetensors", "--n-head", "2"], "--n-head is no option of --family var, which takes --patch-nums"),
+        (["x.st.safetensors", "--starts", "0"], "--starts is no option of --family var"),
+        (["x.st.safetensors", "--patch-nums", "1,3"], "patch_nums [1, 3] do not fit"),
+        (["x.st.safetensors", "--patch-nums", "1,x"], "'1,x' is no list of whole numbers"),
+        (
+            ["x.st.safetensors", "--tokenizer", "x.st.safetensors"],
+            "not var-tokenizer: --tokenizer takes a VAR tokenizer",
+        ),
+        (["x.st.safetensors", "--tokenizer", "nowhere.pth"], "no checkpoint file nowhere.pth"),
+        (["x.st.safetensors", "--tokenizer", "small.safetensors"], "32 codes of width 8, the tokenizer 20 of width 8"),
+        (["tokens.safetensors"], "is a VAR tokenizer (var-tokenizer), not var: give its transformer as STATE"),
+        (["nowhere.pth"], "no checkpoint file nowhere.pth"),
+        (["nowhere"], "unknown model 'nowhere'"),
+        (["other.safetensors"], "other.safetensors is none of var, dd1-var, var-tokenizer, llamagen"),
+        (["broken.pth"], "broken.pth cannot be read safely: it is damaged"),
+        (["empty"], "empty holds no file with weights"),
+        (["damaged"], "config.json is damaged"),
+    ],
+    ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else "",
+)
+def test_wrong_input_is_one_line_and_leaves_nothing(
+    arguments: list[str],
+    message: str,
+    states: dict[str, State],
+    tmp_path: Path,
+    capsys: Capture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    small = states["var-tokenizer"] | {
+        "quantize.embedding.weight": torch.zeros(20, 8),
+        "quantize.ema_vocab_hit_SV": torch.zeros(3, 20),
+    }
+    save_file(states["var"], "x.st.safetensors")
+    save_file(states["var-tokenizer"], "tokens.safetensors")
+    save_file(small, "small.safetensors")
+    save_file({"a": torch.zeros(1)}, "other.safetensors")
+    Path("broken.pth").write_bytes(b"PK\x03\x04 and no more")
+    Path("empty").mkdir()
+    Path("damaged").mkdir()
+    Path("damaged/config.json").write_text("{")
+    before = tree_of(tmp_path)
+    assert message in refused(capsys, "convert", *arguments, "--family", "var", "--out", "new/model")
+    assert tree_of(tmp_path) == before and not Path("new").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"split": 17}, r"split must lie in 0\.\.16, got 17"),
+        ({"starts": (0, 16)}, r"starts must lie in 0\.\.15"),
+        ({"starts": (4, 8)}, "starts must begin with 0"),
+        ({"patch_nums": (1, 2)}, "--patch-nums is no option of --family dd1-llamagen"),
+        ({"block_size": 15}, "15 tokens do not form a square"),
+    ],
+    ids=str,
+)
+def test_wrong_options_of_a_student_are_refused(
+    options: dict[str, Any], message: str, states: dict[str, State], tmp_path: Path
+) -> None:
+    save_file(states["dd1-llamagen"], tmp_path / "x.safetensors")
+    given = Options(**{"n_head": 2, "block_size": L} | options)
+    with pytest.raises(ValueError, match=message):
+        convert(str(tmp_path / "x.safetensors"), "dd1-llamagen", tmp_path / "out", options=given)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_output_that_is_there_is_refused_unless_empty(
+    states: dict[str, State], tmp_path: Path, capsys: Capture
+) -> None:
+    save_file(states["var"], tmp_path / "x.safetensors")
+    command = ["convert", tmp_path / "x.safetensors", "--family", "var", "--out"]
+    full, empty = tmp_path / "full", tmp_path / "empty"
+    for folder in (full, empty):
+        folder.mkdir()
+    (full / "file").write_text("mine")
+    for out in (full, full / "file"):
+        assert "is there already: give a new or an empty folder" in refused(capsys, *command, out)
+    assert tree_of(full) == {"file": b"mine"}
+    assert run(*command, empty, "--patch-nums", "1,2,3") == 0
+    assert sorted(tree_of(empty)) == ["config.json", "model.safetensors"]
+
+
+def test_a_full_disk_leaves_nothing(
+    states: dict[str, State], tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_file(states["var"], tmp_path / "x.safetensors")
+    before = tree_of(tmp_path)
+
+    def full(*arguments: Any) -> None:
+        Path(arguments[1]).write_bytes(b"half")
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("ddecode.checkpoint.save_file", full)
+    command = ["convert", tmp_path / "x.safetensors", "--family", "var", "--out", tmp_path / "model"]
+    assert "no space left" in refused(capsys, *command)
+    assert tree_of(tmp_path) == before and not list(tmp_path.glob(".model*"))
+
+
+def test_the_hub_is_asked_for_a_model_then_for_a_state(
+    states: dict[str, State], model: Path, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.save(states["var"], tmp_path / "var_d16.pth")
+    folder = tmp_path
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *args, **options: str(folder))
+    monkeypatch.setattr(huggingface_hub, "list_repo_files", lambda repo: [f.name for f in tmp_path.iterdir()])
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda repo, name: str(tmp_path / name))
+    assert run("info", "someone/something") == 0
+    assert "kind: var" in capsys.readouterr().out
+    folder = model
+    assert run("info", "someone/something") == 0
+    assert "family: llamagen" in capsys.readouterr().out
+
+    def offline(*args: Any, **options: Any) -> str:
+        raise LocalEntryNotFoundError("offline")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
+    assert "the hub does not give it: offline" in refused(capsys, "info", "someone/something")

@@ -1,0 +1,112 @@
+"""Upstream's states and ours: one adapter for each kind, and the names of DD1 students."""
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from third_party_loaders.state import check_names, meta_module
+
+STUDENT_NAMES = {
+    "layerwise_n_d_embed.": "indicator_maps.",
+    "n_d_embed.": "indicator.",
+    "final_layer_conti.": "continuous_head.",
+    "": "backbone.",
+}
+"""Beginnings of upstream's names of a DD1 student's parameters, and of ours in a `Student`."""
+
+
+def is_student(state: Mapping[str, Tensor]) -> bool:
+    """Whether an upstream state holds what DD1 adds to a transformer."""
+    added = tuple(theirs for theirs in STUDENT_NAMES if theirs)
+    return any(name.startswith(added) for name in state)
+
+
+def own_student_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Upstream's DD1 state under the names of a `Student`."""
+    own = {}
+    for name, tensor in state.items():
+        theirs = next(beginning for beginning in STUDENT_NAMES if name.startswith(beginning))
+        own[STUDENT_NAMES[theirs] + name.removeprefix(theirs)] = tensor
+    return own
+
+
+def upstream_student_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The inverse of `own_student_state`.
+
+    Raises:
+        ValueError: a name is none of a student's.
+    """
+    upstream = {}
+    for name, tensor in state.items():
+        theirs = next((beginning for beginning, ours in STUDENT_NAMES.items() if name.startswith(ours)), None)
+        if theirs is None:
+            raise ValueError(f"{name} is no parameter of a student")
+        upstream[theirs + name.removeprefix(STUDENT_NAMES[theirs])] = tensor
+    return upstream
+
+
+def no_buffers(config: Any) -> dict[str, Tensor]:
+    return {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adapter:
+    """One kind of upstream's states: what it is called, how it is sized, and its names there and here."""
+
+    title: str
+    """For people."""
+    part: Literal["tokenizer", "teacher", "student"]
+    preferred: tuple[str, ...] = ()
+    """Wrappers to look into first, where a file holds several states."""
+    optional: str = ""
+    """A pattern of upstream's names that a state may lack or have: constants and derived buffers."""
+    config: Callable[..., Any]
+    """Sizes from an upstream state and what it does not tell."""
+    blank: Callable[[Any], nn.Module]
+    """A module of these sizes; called on the meta device."""
+    rename: Callable[[Mapping[str, Tensor], Any], dict[str, Tensor]]
+    """An upstream state of these sizes under our names, optional ones put in or left out."""
+    restore: Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
+    """The inverse of `rename`, without derived buffers."""
+    derived: Callable[[Any], dict[str, Tensor]] = no_buffers
+    """Buffers of upstream's that follow from the sizes and are part of its states."""
+
+    def is_optional(self, name: str) -> bool:
+        return re.fullmatch(self.optional, name) is not None
+
+    def own(self, state: Mapping[str, Tensor], config: Any) -> dict[str, Tensor]:
+        """An upstream state under our names, tensors as they are.
+
+        Raises:
+            ValueError: keys are missing, extra or misshapen; upstream's names are given.
+        """
+        target = self.restore(meta_module(lambda: self.blank(config)).state_dict())
+        required = {n: t for n, t in target.items() if n in state or not self.is_optional(n)}
+        given = {n: t for n, t in state.items() if n in target or not self.is_optional(n)}
+        check_names(required, given, self.title)
+        return self.rename(state, config)
+
+    def upstream(self, own: Mapping[str, Tensor], config: Any) -> dict[str, Tensor]:
+        """Our state under upstream's names, with its derived buffers, tensors as they are.
+
+        Raises:
+            ValueError: keys are missing, extra or misshapen.
+        """
+        check_names(meta_module(lambda: self.blank(config)).state_dict(), own, self.title)
+        return self.restore(own) | self.derived(config)
+
+
+def shape_of(state: Mapping[str, Tensor], name: str, dimensions: int) -> tuple[int, ...]:
+    """The shape of a tensor that sizes are read from.
+
+    Raises:
+        ValueError: it is missing or has another number of dimensions.
+    """
+    if name not in state:
+        raise ValueError(f"missing {name}")
+    if state[name].dim() != dimensions:
+        raise ValueError(f"misshapen {name} is {tuple(state[name].shape)}, expected {dimensions} dimensions")
+    return tuple(state[name].shape)
