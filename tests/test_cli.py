@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from command import Capture, refused, run
 from PIL import Image
 from safetensors.torch import load_file
 from tiny import distill_recipe, make_teacher, make_var_teacher, save_tiny, tree_of, write_yaml
@@ -16,32 +17,11 @@ from tiny import distill_recipe, make_teacher, make_var_teacher, save_tiny, tree
 from ddecode import distillation
 from ddecode import pairs as pairs_module
 from ddecode.checkpoint import ModelFolder
-from ddecode.cli import VERBS, main
+from ddecode.cli import VERBS
 from ddecode.evaluation.features import FeatureNetwork
 from ddecode.pairs import Pairs
 from ddecode.pipeline import DistilledPipeline
 from ddecode.randomness import sample_generators
-
-Capture = pytest.CaptureFixture[str]
-
-
-def run(*arguments: object) -> int:
-    """The exit status."""
-    try:
-        return main([str(a) for a in arguments])
-    except SystemExit as stop:
-        return int(stop.code or 0)
-
-
-def refused(capsys: Capture, *arguments: object) -> str:
-    """The one line of a refusal."""
-    capsys.readouterr()
-    status = run(*arguments)
-    captured = capsys.readouterr()
-    assert (status, captured.out) == (2, ""), captured.err
-    lines = captured.err.splitlines()
-    assert len(lines) == 1 and lines[0].startswith("ddecode"), captured.err
-    return lines[0]
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ from typing import Any
 import huggingface_hub
 import pytest
 import torch
+from command import Capture, refused, run
 from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 from tiny import (
@@ -25,12 +26,10 @@ from torch import Tensor
 
 from ddecode import DistilledPipeline, load_teacher
 from ddecode.checkpoint import ModelFolder
-from ddecode.cli import main
 from ddecode.conversion import KINDS, Options, convert, family_of
 from third_party_loaders import identify, llamagen, var
 
 State = dict[str, Tensor]
-Capture = pytest.CaptureFixture[str]
 SIZES = {"llamagen": ["--n-head", "2", "--block-size", str(L)], "var": ["--patch-nums", "1,2,3"]}
 OPTIONS = {"llamagen": Options(n_head=2, block_size=L), "var": Options(patch_nums=VAR_SCALES)}
 OPTIONAL = ("lvl_1L", "attn_bias_for_masking", "zero_k_bias", "codebook_used")
@@ -61,21 +60,6 @@ def states() -> dict[str, State]:
 
 def cast(state: State, dtype: torch.dtype) -> State:
     return {n: t.to(dtype) if t.is_floating_point() else t for n, t in state.items()}
-
-
-def run(*arguments: object) -> int:
-    try:
-        return main([str(a) for a in arguments])
-    except SystemExit as stop:
-        return int(stop.code or 0)
-
-
-def refused(capsys: Capture, *arguments: object) -> str:
-    capsys.readouterr()
-    status = run(*arguments)
-    captured = capsys.readouterr()
-    assert (status, captured.out, len(captured.err.splitlines())) == (2, "", 1), captured.err
-    return captured.err
 
 
 def identical(path: Path, state: State) -> None:

@@ -4,6 +4,7 @@ B batch, L token positions, N positions of one call, V codes, C code width, D mo
 """
 
 import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -151,7 +152,7 @@ class ScaleBackbone(nn.Module):
 
     def token_inputs(self, ids_BN: Tensor, seen: int = 0) -> Tensor:
         parts, done = [], 0
-        for count, following in zip(self.steps, self.steps[1:], strict=False):
+        for count, following in pairwise(self.steps):
             done += count
             if done <= ids_BN.shape[1]:
                 parts.append(self.table[ids_BN[:, :done]].mean(1, keepdim=True).expand(-1, following, -1))

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from third_party_loaders.state import check_names, meta_module
+from third_party_loaders.state import StateOrPath, check_names, meta_module, read_state
 
 STUDENT_NAMES = {
     "layerwise_n_d_embed.": "indicator_maps.",
@@ -89,6 +89,16 @@ class Adapter:
         check_names(required, given, self.title)
         return self.rename(state, config)
 
+    def read(self, source: StateOrPath, *sizes: Any) -> tuple[Any, dict[str, Tensor]]:
+        """The sizes and, under our names, the tensors of an upstream state or file; `sizes` are those it does not tell.
+
+        Raises:
+            ValueError: it cannot be read, or see `own`.
+        """
+        state = read_state(source, self.preferred)
+        config = self.config(state, *sizes)
+        return config, self.own(state, config)
+
     def upstream(self, own: Mapping[str, Tensor], config: Any) -> dict[str, Tensor]:
         """Our state under upstream's names, with its derived buffers, tensors as they are.
 
@@ -97,6 +107,19 @@ class Adapter:
         """
         check_names(meta_module(lambda: self.blank(config)).state_dict(), own, self.title)
         return self.restore(own) | self.derived(config)
+
+
+def encoder_sizes(state: Mapping[str, Tensor]) -> dict[str, Any]:
+    """`channels`, `channel_mult` and `res_blocks` of a `vqgan.Encoder`, from a tokenizer's state under our names.
+
+    Raises:
+        ValueError: it holds no such encoder.
+    """
+    channels, *_ = shape_of(state, "encoder.conv_in.weight", 4)
+    levels = 1 + max(int(n.split(".")[2]) for n in state if n.startswith("encoder.conv_blocks."))
+    widths = [shape_of(state, f"encoder.conv_blocks.{i}.res.0.conv1.weight", 4)[0] for i in range(levels)]
+    blocks = 1 + max(int(n.split(".")[4]) for n in state if n.startswith("encoder.conv_blocks.0.res."))
+    return {"channels": channels, "channel_mult": tuple(w // channels for w in widths), "res_blocks": blocks}
 
 
 def shape_of(state: Mapping[str, Tensor], name: str, dimensions: int) -> tuple[int, ...]:

@@ -12,10 +12,17 @@ from torch import Tensor
 from ddecode.student import Student
 from ddecode.teacher import Recipe, Teacher
 from ddecode.types import Tokenizer
-from third_party_loaders.adapter import Adapter, is_student, own_student_state, shape_of, upstream_student_state
+from third_party_loaders.adapter import (
+    Adapter,
+    encoder_sizes,
+    is_student,
+    own_student_state,
+    shape_of,
+    upstream_student_state,
+)
 from third_party_loaders.llamagen_tokenizer import VQConfig, VQModel
 from third_party_loaders.llamagen_transformer import LlamaGenTransformer, TransformerConfig
-from third_party_loaders.state import StateOrPath, load_strictly, meta_module, read_state
+from third_party_loaders.state import StateOrPath, built
 
 FAMILY = "llamagen"
 PUBLISHED_HEADS = {
@@ -35,24 +42,21 @@ BackboneConfig = TransformerConfig
 
 def build_tokenizer(config: VQConfig, state: Mapping[str, Tensor] | None) -> VQModel:
     """Without a state the weights are random."""
-    if state is None:
-        return VQModel(config).eval()
-    model = meta_module(lambda: VQModel(config))
-    load_strictly(model, state, "LlamaGen tokenizer of this config")
-    return model.eval()
+    return built(lambda: VQModel(config), state, "LlamaGen tokenizer of this config")
 
 
 def build_backbone(
     config: TransformerConfig, tokenizer: Tokenizer, state: Mapping[str, Tensor] | None
 ) -> LlamaGenTransformer:
     """Without a state the weights are random."""
-    if state is None:
+
+    def make() -> LlamaGenTransformer:
         backbone = LlamaGenTransformer(config)
-        backbone.initialize()
-        return backbone.eval()
-    backbone = meta_module(lambda: LlamaGenTransformer(config))
-    load_strictly(backbone, state, "LlamaGen transformer of this config")
-    return backbone.eval()
+        if state is None:
+            backbone.initialize()
+        return backbone
+
+    return built(make, state, "LlamaGen transformer of this config")
 
 
 def build_teacher(
@@ -75,11 +79,7 @@ def build_student(
             backbone.initialize()
         return Student(backbone, tokenizer, starts=starts, split=split)
 
-    if state is None:
-        return make().eval()
-    student = meta_module(make)
-    load_strictly(student, state, "student of this config")
-    return student.eval()
+    return built(make, state, "student of this config")
 
 
 def student_config(teacher: Teacher, depth: int | None) -> TransformerConfig:
@@ -133,21 +133,11 @@ def tokenizer_config(state: Mapping[str, Tensor]) -> VQConfig:
     """
     try:
         vocab_size, code_width = shape_of(state, "quantize.embedding.weight", 2)
-        channels, *_ = shape_of(state, "encoder.conv_in.weight", 4)
         z_channels, *_ = shape_of(state, "encoder.conv_out.weight", 4)
-        levels = 1 + max(int(n.split(".")[2]) for n in state if n.startswith("encoder.conv_blocks."))
-        widths = [shape_of(state, f"encoder.conv_blocks.{i}.res.0.conv1.weight", 4)[0] for i in range(levels)]
-        blocks = 1 + max(int(n.split(".")[4]) for n in state if n.startswith("encoder.conv_blocks.0.res."))
+        encoder = encoder_sizes(state)
     except ValueError as error:
         raise ValueError(f"this state is no LlamaGen tokenizer: {error}") from None
-    return VQConfig(
-        vocab_size=vocab_size,
-        code_width=code_width,
-        channels=channels,
-        channel_mult=tuple(w // channels for w in widths),
-        res_blocks=blocks,
-        z_channels=z_channels,
-    )
+    return VQConfig(vocab_size=vocab_size, code_width=code_width, z_channels=z_channels, **encoder)
 
 
 def own_tokenizer_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -232,10 +222,7 @@ def student_spans(config: TransformerConfig) -> tuple[tuple[int, ...], int]:
 
 def load_tokenizer(source: StateOrPath) -> VQModel:
     """A VQ tokenizer from upstream's state or file, in evaluation mode, fp32, on the CPU."""
-    adapter = ADAPTERS["llamagen-tokenizer"]
-    state = read_state(source, adapter.preferred)
-    config = adapter.config(state)
-    return build_tokenizer(config, adapter.own(state, config))
+    return build_tokenizer(*ADAPTERS["llamagen-tokenizer"].read(source))
 
 
 def load_llamagen(
@@ -255,10 +242,8 @@ def load_llamagen(
     Raises:
         ValueError: keys are missing, extra or misshapen.
     """
-    adapter = ADAPTERS["llamagen"]
-    state = read_state(model, adapter.preferred)
-    config = adapter.config(state, n_head, block_size)
-    return build_teacher(config, load_tokenizer(tokenizer), adapter.own(state, config), Recipe())
+    config, state = ADAPTERS["llamagen"].read(model, n_head, block_size)
+    return build_teacher(config, load_tokenizer(tokenizer), state, Recipe())
 
 
 def load_llamagen_student(
@@ -266,7 +251,5 @@ def load_llamagen_student(
 ) -> Student:
     """A DD1 student from the published layout (`{'ema': ..., 'model': ...}` or the bare state); its starts are those
     of `student_spans`."""
-    adapter = ADAPTERS["dd1-llamagen"]
-    state = read_state(model, adapter.preferred)
-    config = adapter.config(state, n_head, block_size)
-    return build_student(config, tokenizer, adapter.own(state, config), starts=student_spans(config)[0], split=split)
+    config, state = ADAPTERS["dd1-llamagen"].read(model, n_head, block_size)
+    return build_student(config, tokenizer, state, starts=student_spans(config)[0], split=split)

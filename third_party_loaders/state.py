@@ -206,6 +206,15 @@ def meta_module(make: Callable[[], ModuleType]) -> ModuleType:
         return make()
 
 
+def built(make: Callable[[], ModuleType], state: Mapping[str, Tensor] | None, what: str) -> ModuleType:
+    """A module in evaluation mode: as it was made, or with `state` assigned by `load_strictly`."""
+    if state is None:
+        return make().eval()
+    module = meta_module(make)
+    load_strictly(module, state, what)
+    return module.eval()
+
+
 def check_names(target: Mapping[str, Tensor], state: Mapping[str, Tensor], what: str) -> None:
     """Compare the names and shapes of `state` with those of `target`.
 

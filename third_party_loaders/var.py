@@ -15,8 +15,15 @@ from torch import Tensor
 from ddecode.student import Student
 from ddecode.teacher import Recipe, Teacher
 from ddecode.types import Tokenizer
-from third_party_loaders.adapter import Adapter, is_student, own_student_state, shape_of, upstream_student_state
-from third_party_loaders.state import StateOrPath, load_strictly, meta_module, read_state
+from third_party_loaders.adapter import (
+    Adapter,
+    encoder_sizes,
+    is_student,
+    own_student_state,
+    shape_of,
+    upstream_student_state,
+)
+from third_party_loaders.state import StateOrPath, built
 from third_party_loaders.var_names import own_tokenizer_state, upstream_tokenizer_state
 from third_party_loaders.var_tokenizer import MultiScaleVQ, MultiScaleVQConfig
 from third_party_loaders.var_transformer import VARConfig, VARTransformer
@@ -38,23 +45,20 @@ BackboneConfig = VARConfig
 
 def build_tokenizer(config: MultiScaleVQConfig, state: Mapping[str, Tensor] | None) -> MultiScaleVQ:
     """Without a state the weights are random."""
-    if state is None:
-        return MultiScaleVQ(config).eval()
-    model = meta_module(lambda: MultiScaleVQ(config))
-    load_strictly(model, state, "VAR tokenizer of this config")
-    return model.eval()
+    return built(lambda: MultiScaleVQ(config), state, "VAR tokenizer of this config")
 
 
 def build_backbone(config: VARConfig, tokenizer: Tokenizer, state: Mapping[str, Tensor] | None) -> VARTransformer:
     """Without a state the weights are random."""
     scales = check_tokenizer(config, tokenizer)
-    if state is None:
+
+    def make() -> VARTransformer:
         backbone = VARTransformer(config, scales)
-        backbone.initialize()
-        return backbone.eval()
-    backbone = meta_module(lambda: VARTransformer(config, scales))
-    load_strictly(backbone, state, "VAR transformer of this config")
-    return backbone.eval()
+        if state is None:
+            backbone.initialize()
+        return backbone
+
+    return built(make, state, "VAR transformer of this config")
 
 
 def check_tokenizer(config: VARConfig, tokenizer: Tokenizer) -> MultiScaleVQ:
@@ -94,11 +98,7 @@ def build_student(
             backbone.initialize()
         return Student(backbone, tokenizer, starts=starts, split=split, layerwise=True)
 
-    if state is None:
-        return make().eval()
-    student = meta_module(make)
-    load_strictly(student, state, "student of this config")
-    return student.eval()
+    return built(make, state, "student of this config")
 
 
 def student_config(teacher: Teacher, depth: int | None) -> VARConfig:
@@ -209,19 +209,14 @@ def tokenizer_config(state: Mapping[str, Tensor], patch_nums: tuple[int, ...]) -
     """
     try:
         vocab_size, code_width = shape_of(state, "quantize.embedding.weight", 2)
-        channels, *_ = shape_of(state, "encoder.conv_in.weight", 4)
-        levels = 1 + max(int(n.split(".")[2]) for n in state if n.startswith("encoder.conv_blocks."))
-        widths = [shape_of(state, f"encoder.conv_blocks.{i}.res.0.conv1.weight", 4)[0] for i in range(levels)]
         convs = sum(bool(re.fullmatch(r"quantize\.quant_resi\.qresi_ls\.\d+\.weight", n)) for n in state)
         return MultiScaleVQConfig(
             patch_nums=patch_nums,
             vocab_size=vocab_size,
             code_width=code_width,
-            channels=channels,
-            channel_mult=tuple(width // channels for width in widths),
-            res_blocks=1 + max(int(n.split(".")[4]) for n in state if n.startswith("encoder.conv_blocks.0.res.")),
             shared_convs=convs,
             recorded_scales=shape_of(state, "quantize.ema_vocab_hit_SV", 2)[0],
+            **encoder_sizes(state),
         )
     except ValueError as error:
         raise ValueError(f"this state is no VAR tokenizer: {error}") from None
@@ -321,10 +316,7 @@ def student_spans(config: VARConfig) -> tuple[tuple[int, ...], int]:
 
 def load_tokenizer(source: StateOrPath, patch_nums: tuple[int, ...]) -> MultiScaleVQ:
     """A multi-scale tokenizer from upstream's state or file, in evaluation mode, fp32, on the CPU."""
-    adapter = ADAPTERS["var-tokenizer"]
-    state = read_state(source, adapter.preferred)
-    config = adapter.config(state, patch_nums)
-    return build_tokenizer(config, adapter.own(state, config))
+    return build_tokenizer(*ADAPTERS["var-tokenizer"].read(source, patch_nums))
 
 
 def load_var(model: StateOrPath, tokenizer: StateOrPath, patch_nums: tuple[int, ...] | None = None) -> Teacher:
@@ -341,11 +333,8 @@ def load_var(model: StateOrPath, tokenizer: StateOrPath, patch_nums: tuple[int, 
     Raises:
         ValueError: keys are missing, extra or misshapen, or the scales do not fit.
     """
-    adapter = ADAPTERS["var"]
-    state = read_state(model, adapter.preferred)
-    config = adapter.config(state, patch_nums)
-    scales = load_tokenizer(tokenizer, config.patch_nums)
-    return build_teacher(config, scales, adapter.own(state, config), Recipe())
+    config, state = ADAPTERS["var"].read(model, patch_nums)
+    return build_teacher(config, load_tokenizer(tokenizer, config.patch_nums), state, Recipe())
 
 
 def load_var_student(
@@ -353,7 +342,5 @@ def load_var_student(
 ) -> Student:
     """A DD1 student from the published layout (`{'trainer': {'ema_parameters': ...}}` or the bare state); its starts
     are those of `student_spans`."""
-    adapter = ADAPTERS["dd1-var"]
-    state = read_state(model, adapter.preferred)
-    config = adapter.config(state, patch_nums)
-    return build_student(config, tokenizer, adapter.own(state, config), starts=student_spans(config)[0], split=split)
+    config, state = ADAPTERS["dd1-var"].read(model, patch_nums)
+    return build_student(config, tokenizer, state, starts=student_spans(config)[0], split=split)

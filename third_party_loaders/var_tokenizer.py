@@ -103,6 +103,8 @@ class MultiScaleVQ(nn.Module):
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
         self.quantize = ResidualCodes(config)
+        scales = len(config.patch_nums)
+        self.conv_at = tuple(conv_of_scale(scale, scales, config.shared_convs) for scale in range(scales))
         self.quant_conv = nn.Conv2d(config.code_width, config.code_width, 3, padding=1)
         self.post_quant_conv = nn.Conv2d(config.code_width, config.code_width, 3, padding=1)
 
@@ -122,8 +124,7 @@ class MultiScaleVQ(nn.Module):
         map_BChw = rearrange(codes_BNC, "b (h w) c -> b c h w", h=patch_nums[scale])
         if scale + 1 < len(patch_nums):
             map_BChw = F.interpolate(map_BChw, size=(full, full), mode="bicubic")
-        convs = self.quantize.quant_resi.qresi_ls
-        return convs[conv_of_scale(scale, len(patch_nums), len(convs))](map_BChw)
+        return self.quantize.quant_resi.qresi_ls[self.conv_at[scale]](map_BChw)
 
     def pool(self, latents_BChw: Tensor, scale: int) -> Tensor:
         """Latents averaged down to a scale's grid, [B,N,C]."""

@@ -117,7 +117,7 @@ class Encoder(nn.Module):
         self.conv_in = nn.Conv2d(3, config.channels, 3, padding=1)
         self.conv_blocks = nn.ModuleList(
             Level(before, width, config.res_blocks, attention=i == last, resample=None if i == last else "downsample")
-            for i, (before, width) in enumerate(zip([config.channels, *widths], widths, strict=False))
+            for i, (before, width) in enumerate(pairwise([config.channels, *widths]))
         )
         self.mid = middle(widths[-1])
         self.norm_out = group_norm(widths[-1])
@@ -139,7 +139,7 @@ class Decoder(nn.Module):
         self.mid = middle(widths[0])
         self.conv_blocks = nn.ModuleList(
             Level(before, width, config.res_blocks + 1, attention=i == 0, resample=None if i == last else "upsample")
-            for i, (before, width) in enumerate(zip([widths[0], *widths], widths, strict=False))
+            for i, (before, width) in enumerate(pairwise([widths[0], *widths]))
         )
         self.norm_out = group_norm(widths[-1])
         self.conv_out = nn.Conv2d(widths[-1], 3, 3, padding=1)

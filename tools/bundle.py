@@ -33,8 +33,8 @@ ZOO = Path(__file__).parent.parent / "ddecode" / "zoo"
 def bundle_teacher(args: argparse.Namespace, folder: Path) -> None:
     config = read_config(args.teacher_config, TeacherConfig)
     family = family_module(config.family)
-    tokenizer = read_tokenizer(family, args.tokenizer, config)
     sizes = build(family.BackboneConfig, config.backbone, "backbone")
+    tokenizer = read_tokenizer(family, args.tokenizer, sizes)
     backbone = family.build_backbone(sizes, tokenizer, load_file(args.teacher))
     recipe = Recipe(guidance_scale=args.guidance_scale, top_k=args.top_k, top_p=args.top_p)
     description = {

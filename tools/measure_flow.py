@@ -14,6 +14,7 @@ import math
 import time
 from collections.abc import Callable
 from functools import partial
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -72,7 +73,7 @@ def adams_bashforth(noise_RC: Tensor, log_p_RV: Tensor, codes_VC: Tensor, num_st
 def heun(noise_RC: Tensor, log_p_RV: Tensor, codes_VC: Tensor, num_steps: int) -> Tensor:
     codes, z = Codes.shared(centred(codes_VC), log_p_RV), noise_RC
     grid = flow_grid(codes_VC, num_steps // 2)
-    for start, stop in zip(grid.s, grid.s[1:], strict=False):
+    for start, stop in pairwise(grid.s):
         drift = codes.mean(codes.weights(z, start))
         ahead = codes.mean(codes.weights(z + (stop - start) * drift, stop))
         z = z + (stop - start) / 2 * (drift + ahead)

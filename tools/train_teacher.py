@@ -23,7 +23,6 @@ from ddecode.config import TrainingConfig, as_dict, build, read_config
 from ddecode.objectives.likelihood import LikelihoodObjective
 from ddecode.teacher import Recipe
 from ddecode.training import train
-from ddecode.types import Tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,11 +35,11 @@ class TeacherConfig:
     label_drop: float = 0.1
 
 
-def read_tokenizer(family: ModuleType, path: Path, config: TeacherConfig) -> Tokenizer:
-    """A tokenizer as `tools/train_tokenizer.py` writes it."""
+def read_tokenizer(family: ModuleType, path: Path, backbone: Any) -> Any:
+    """A tokenizer as `tools/train_tokenizer.py` writes it; `backbone` are the sizes of the model that reads it."""
     state = load_file(path)
-    scales = [build(tuple[int, ...], config.backbone["patch_nums"], "patch_nums")] if config.family == "var" else []
-    return family.build_tokenizer(family.tokenizer_config(state, *scales), state)
+    known = {name: getattr(backbone, name) for name in family.TOKENIZER_SIZES}
+    return family.build_tokenizer(family.tokenizer_config(state, **known), state)
 
 
 class ImageTokens:
@@ -107,8 +106,8 @@ def main() -> None:
     config = read_config(args.config, TeacherConfig, args.overrides)
     torch.manual_seed(config.training.seed)
     family = family_module(config.family)
-    tokenizer = read_tokenizer(family, args.tokenizer, config)
     sizes = build(family.BackboneConfig, config.backbone, "backbone")
+    tokenizer = read_tokenizer(family, args.tokenizer, sizes)
     teacher = family.build_teacher(sizes, tokenizer, None, Recipe())
     if args.init:
         begin_from(teacher.backbone, load_file(args.init))
