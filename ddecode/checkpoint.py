@@ -30,6 +30,11 @@ FAMILIES = {"llamagen": "third_party_loaders.llamagen", "var": "third_party_load
 """By family, the module that builds its tokenizers, teachers and students."""
 FORMAT = 1
 PARTS = ("tokenizer", "teacher", "student")
+DD1_OPTIONS = {"starts": tuple[int, ...], "split": int}
+DRAFT_OPTIONS = {
+    "starts": tuple[int, ...], "drafts": tuple[int, ...], "joins": int, "num_steps": int, "draft_steps": int,
+}  # fmt: skip
+"""What a config says of a student of either kind."""
 
 
 def family_module(family: str) -> ModuleType:
@@ -171,14 +176,20 @@ class ModelFolder:
 
     def student(self, tokenizer: Tokenizer | None = None) -> Student:
         """The student, in evaluation mode, fp32, on the CPU."""
-        group = self.require("student")
         return self.family.build_student(
             self.backbone_sizes("student"),
             tokenizer or self.tokenizer(),
             self.state("student"),
-            starts=build(tuple[int, ...], group.get("starts"), "student.starts"),
-            split=build(int, group.get("split"), "student.split"),
+            **self.student_options(),
         )
+
+    def student_options(self) -> dict[str, Any]:
+        """What the config says of the student beside its backbone; see `Student.options`."""
+        group = {key: value for key, value in self.require("student").items() if key != "backbone"}
+        kinds: dict[str, Any] = DRAFT_OPTIONS if "drafts" in group else DD1_OPTIONS
+        if set(group) != set(kinds):
+            raise ValueError(f"the student group of {self.path.name} must hold {', '.join(['backbone', *kinds])}")
+        return {key: build(kinds[key], value, f"student.{key}") for key, value in group.items()}
 
     def others(self) -> dict[str, Teacher]:
         """The teachers of other models that its plans may name: the config's group `others`, NAME to MODEL."""
@@ -186,9 +197,13 @@ class ModelFolder:
         return {name: load_teacher(model) for name, model in named.items()}
 
     def teacher_hash(self) -> str:
-        """Tells teachers apart: SHA-256 over the fp32 weights of tokenizer and teacher, 16 hex digits."""
+        """Tells teachers apart: the hash of tokenizer and teacher."""
+        return self.weights_hash("tokenizer", "teacher")
+
+    def weights_hash(self, *parts: str) -> str:
+        """SHA-256 over the fp32 weights of some parts, 16 hex digits."""
         digest = hashlib.sha256()
-        for part in ("tokenizer", "teacher"):
+        for part in parts:
             for name, tensor in sorted(self.state(part).items()):
                 digest.update(f"{part}.{name}".encode())
                 plain = tensor.float() if tensor.is_floating_point() else tensor

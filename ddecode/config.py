@@ -85,6 +85,15 @@ class StudentConfig:
     """Positions before it are emitted as argmax tokens, the rest as continuous vectors; None: all are tokens."""
     depth: int | None = None
     """Layers kept of the teacher, evenly spaced; None keeps all."""
+    drafts: tuple[int, ...] | None = None
+    """None: DD1's student. Otherwise one that predicts probabilities and leaves the tokens to the map
+    (`ddecode.draft_student`), drafting them after these numbers of layers; it has no `split`."""
+    joins: int = 0
+    """Layers that the positions of the last AR step leave out, 0 or one of `drafts`: cheaper, at some cost."""
+    draft_steps: int = 8
+    """Evaluations of the map at a draft; where the tokens are made, those of the pairs."""
+    initial: str = "teacher"
+    """Where its weights come from: `teacher`, `random`, or a model whose student it goes on from."""
 
     def __post_init__(self) -> None:
         if not self.starts or self.starts[0] != 0 or list(self.starts) != sorted(set(self.starts)):
@@ -93,6 +102,12 @@ class StudentConfig:
             raise ValueError(f"student.depth must be at least 1, got {self.depth}")
         if self.split is not None and self.split < 0:
             raise ValueError(f"student.split must be at least 0, got {self.split}")
+        if self.drafts is not None and self.split is not None:
+            raise ValueError("student.split is for students without student.drafts: with them all are tokens")
+        if self.joins not in (0, *(self.drafts or ())):
+            raise ValueError(f"student.joins must be 0 or one of student.drafts, got {self.joins}")
+        if self.draft_steps < 1:
+            raise ValueError(f"student.draft_steps must be at least 1, got {self.draft_steps}")
 
 
 Weight = float | dict[float, float]
@@ -107,41 +122,109 @@ def weight_at(weight: Weight, progress: float) -> float:
     return weight[max(begun)] if begun else 0.0
 
 
+def check_weight(name: str, weight: Weight) -> None:
+    """Raises ValueError: a weight is negative, or holds from a share of the run that it does not have."""
+    values = weight.values() if isinstance(weight, dict) else [weight]
+    if not all(value >= 0 for value in values):
+        raise ValueError(f"{name} must be at least 0, got {weight}")
+    if isinstance(weight, dict) and not all(0 <= share < 1 for share in weight):
+        raise ValueError(f"{name}: shares of the run must lie in [0, 1), got {list(weight)}")
+
+
 @dataclass(frozen=True, kw_only=True)
-class RegressionConfig:
-    """DD1's objective; a weight of 0 leaves its term out."""
+class AdversarialConfig:
+    """The adversarial term (`ddecode.objectives.adversarial`)."""
+
+    weight: Weight = 0.0
+    lr: float = 1e-3
+    """Of the discriminator, constant after the warm-up."""
+    width: int = 64
+    """Of its heads."""
+
+    def __post_init__(self) -> None:
+        check_weight("objective.adversarial.weight", self.weight)
+        if not self.lr > 0 or self.width < 1:
+            raise ValueError(f"objective.adversarial: lr and width must be above 0, got {self.lr} and {self.width}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreConfig:
+    """The score term, DD2's second stage (`ddecode.objectives.score`), and the first, which prepares its guidance."""
+
+    weight: Weight = 0.0
+    form: Literal["dmd", "sid"] = "dmd"
+    draws: int = 1
+    """Noise draws of each sequence for the student."""
+    guidance_draws: int = 4
+    """The same for the guidance network."""
+    updates: int = 1
+    """Steps of the guidance network for each step of the student."""
+    lr: float = 2e-4
+    """Of the guidance network, constant after the warm-up."""
+    align_every: int = 0
+    """Every so many steps the student goes back to its EMA (performance alignment); 0 is never."""
+    align_steps: int = 20
+    """Steps after that in which the guidance network alone is trained."""
+    target: Literal["analytic", "monte_carlo"] = "analytic"
+    """What the first stage regresses."""
+    tuning: TrainingConfig | None = None
+    """The first stage's run; None leaves it out: the guidance network starts as the teacher with a fresh head."""
+
+    def __post_init__(self) -> None:
+        check_weight("objective.score.weight", self.weight)
+        for name in ("draws", "guidance_draws", "updates"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"objective.score.{name} must be at least 1, got {getattr(self, name)}")
+        if not self.lr > 0:
+            raise ValueError(f"objective.score.lr must be above 0, got {self.lr}")
+        if self.align_every and not 0 <= self.align_steps < self.align_every:
+            raise ValueError(f"objective.score.align_steps must lie in 0..{self.align_every - 1}")
+
+    def realigns(self, step: int) -> bool:
+        """Whether the student goes back to its EMA before this step."""
+        return bool(self.align_every and step and step % self.align_every == 0)
+
+    def students_turn(self, step: int) -> bool:
+        """Whether the student learns in this step, or the guidance network alone."""
+        if self.align_every and step >= self.align_every and step % self.align_every < self.align_steps:
+            return False
+        return step % self.updates == self.updates - 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectiveConfig:
+    """The terms that train a student; a weight of 0 leaves a term out."""
 
     logits: Weight = 1.0
-    """Cross-entropy of the logit head against the pair's tokens."""
+    """Cross-entropy of the logits against the pair's tokens."""
+    drafts: Weight = 0.3
+    """The same of each draft between a student's layers, where it makes any."""
     embeddings: Weight = 0.0
     """Squared error of the continuous head against the tokens' codes; it pulls towards the mean, so it is a warm-up."""
     perceptual: Weight = 0.0
     """Perceptual distance of the decoded output to the decoded tokens."""
     energy: Weight = 0.0
     """Energy distance between the features of a batch of outputs and of the teacher's."""
+    adversarial: AdversarialConfig = field(default_factory=AdversarialConfig)
+    score: ScoreConfig = field(default_factory=ScoreConfig)
     own_prefix: Weight = 0.0
-    """Share of the image terms' samples that, where they start from resolved tokens, start from the student's own
-    first pass instead of the teacher's tokens, as sampling in two steps does."""
+    """Share of the image and score terms' samples that, where they start from resolved tokens, start from the student's
+    own first pass instead of the teacher's tokens, as sampling in two steps does."""
     features: str = "fashion-perceptual"
     """Feature network of the image terms: a bundled one's name, or a folder."""
     image_batch: int = 64
-    """Samples of a batch that are decoded for the image terms."""
+    """Samples of a batch whose output the image and score terms see."""
 
     def __post_init__(self) -> None:
-        for name in ("logits", "embeddings", "perceptual", "energy", "own_prefix"):
-            weight = getattr(self, name)
-            values = weight.values() if isinstance(weight, dict) else [weight]
-            if not all(value >= 0 for value in values):
-                raise ValueError(f"objective.{name} must be at least 0, got {weight}")
-            if isinstance(weight, dict) and not all(0 <= share < 1 for share in weight):
-                raise ValueError(f"objective.{name}: shares of the run must lie in [0, 1), got {list(weight)}")
+        for name in ("logits", "drafts", "embeddings", "perceptual", "energy", "own_prefix"):
+            check_weight(f"objective.{name}", getattr(self, name))
         if self.image_batch < 2:
             raise ValueError(f"objective.image_batch must be at least 2, got {self.image_batch}")
 
     @property
     def uses_images(self) -> bool:
         """Whether an image term is on at any time."""
-        return bool(self.perceptual or self.energy)
+        return bool(self.perceptual or self.energy or self.adversarial.weight)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,7 +234,7 @@ class DistillConfig:
     teacher: str
     pairs: PairsConfig
     student: StudentConfig
-    objective: RegressionConfig
+    objective: ObjectiveConfig
     training: TrainingConfig
     expected: dict[str, Any] = field(default_factory=dict)
     """Measured metrics with protocol, hardware and date, or the words `not yet measured`; for people."""

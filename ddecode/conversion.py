@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ddecode.checkpoint import ModelFolder, bundled_models, download, family_module, loaders, save_tensors, write_model
 from ddecode.config import StudentConfig
-from ddecode.student import Student
+from ddecode.student import DD1Student
 
 KINDS = ("var", "llamagen", "dd1-var", "dd1-llamagen")
 """Of each family, its teachers and the students that DD1 published."""
@@ -207,7 +207,7 @@ def student_group(kind: str, sizes: Any, options: Options) -> dict[str, Any]:
     StudentConfig(starts=starts)  # checks their order, and the next one the ranges
     with torch.device("meta"):
         blank = adapter_of(kind).blank(sizes)
-        Student(blank.backbone, blank.tokenizer, starts=starts, split=split)
+        DD1Student(blank.backbone, blank.tokenizer, starts=starts, split=split)
     return {"backbone": sizes, "starts": starts, "split": split}
 
 
@@ -237,10 +237,12 @@ def upstream_state(model: ModelFolder, kind: str) -> dict[str, Tensor]:
     """One part of a model in upstream's layout.
 
     Raises:
-        ValueError: the folder is damaged.
+        ValueError: the folder is damaged, or its student is of a kind that upstream does not have.
     """
     adapter = adapter_of(kind)
     part = adapter.part
+    if part == "student" and "drafts" in model.require(part):
+        raise ValueError(f"the student of {model.path.name} drafts its tokens: upstream's layout cannot hold that")
     sizes = model.tokenizer_sizes() if part == "tokenizer" else model.backbone_sizes(part)
     state = adapter.upstream(model.state(part), sizes) | model.state(f"upstream.{part}")
     absent = model.config.get("upstream", {}).get("absent", [])

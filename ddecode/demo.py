@@ -16,7 +16,7 @@ import torch
 
 from ddecode.benchmark import BenchmarkResult, benchmark
 from ddecode.checkpoint import ModelFolder, zoo_folder
-from ddecode.config import DistillConfig
+from ddecode.config import DistillConfig, ObjectiveConfig
 from ddecode.distillation import distill
 from ddecode.evaluation.zoo import Judge, ZooRow, evaluate
 from ddecode.files import write_aside
@@ -65,8 +65,8 @@ def short_recipe(config: DistillConfig, size: DemoSize) -> DistillConfig:
     )
     pairs = dataclasses.replace(config.pairs, num=size.pairs, shard_size=1024)
     # from so few pairs and steps only the logit head gets anywhere, so every position is emitted as a token
-    objective = dataclasses.replace(config.objective, perceptual=0.0, energy=0.0)
-    student = dataclasses.replace(config.student, split=None)
+    objective = ObjectiveConfig(logits=config.objective.logits, drafts=config.objective.drafts)
+    student = dataclasses.replace(config.student, split=None, initial="teacher")
     return dataclasses.replace(config, pairs=pairs, training=training, objective=objective, student=student)
 
 

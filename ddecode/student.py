@@ -1,9 +1,12 @@
-"""The DD1 student: new inputs and two heads around a teacher's own backbone (arXiv 2412.17153, section 3.2).
+"""Students: what they have in common, and DD1's, new inputs and two heads around a teacher's own backbone
+(arXiv 2412.17153, section 3.2). The other kind is in `ddecode.draft_student`.
 
 B batch, L token positions, P condition positions, V codes, C code width, D model width.
 """
 
-from collections.abc import Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,40 +33,25 @@ class ContinuousHead(nn.Module):
         return self.linear(normed * (1 + scale) + shift)
 
 
-class Student(nn.Module):
+class Student(nn.Module, ABC):
     """Maps a partly resolved sequence to all tokens at once.
 
     Args:
-        backbone: the teacher's kind of backbone, reading code vectors (`vector_inputs`).
+        backbone: the teacher's kind of backbone.
         tokenizer: the teacher's; held for its codebook and for decoding, not trained, not in the state dict.
         starts: numbers of resolved tokens it was trained to continue from.
-        split: positions before it are emitted as argmax tokens, the rest as continuous vectors.
-        layerwise: also add the indicator, through a linear map each, inside every block and before the heads.
     """
 
-    def __init__(
-        self,
-        backbone: Backbone,
-        tokenizer: Tokenizer,
-        *,
-        starts: tuple[int, ...],
-        split: int,
-        layerwise: bool = False,
-    ) -> None:
+    def __init__(self, backbone: Backbone, tokenizer: Tokenizer, *, starts: tuple[int, ...]) -> None:
         super().__init__()
         assert isinstance(backbone, nn.Module)
         self.length = sum(backbone.steps)
-        if not 0 <= split <= self.length:
-            raise ValueError(f"split must lie in 0..{self.length}, got {split}")
         if any(not 0 <= start < self.length for start in starts):
             raise ValueError(f"starts must lie in 0..{self.length - 1}, got {list(starts)}")
         self.backbone = backbone
         self._tokenizer = [tokenizer]  # in a list, so that its weights are not this module's
-        self.starts, self.split = starts, split
+        self.starts = starts
         self.indicator = nn.Embedding(2, backbone.width)
-        maps = backbone.depth + 1 if layerwise else 0
-        self.indicator_maps = nn.ModuleList(nn.Linear(backbone.width, backbone.width) for _ in range(maps))
-        self.continuous_head = ContinuousHead(backbone.width, tokenizer.codebook_VC.shape[1])
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -80,6 +68,25 @@ class Student(nn.Module):
     @property
     def device(self) -> torch.device:
         return self.indicator.weight.device
+
+    @abstractmethod
+    def options(self) -> dict[str, Any]:
+        """What a `config.json` says of it beside its backbone; `build_student` takes the same."""
+
+    @abstractmethod
+    def forward(self, sequence_BLC: Tensor, labels_B: Tensor, start_B: Tensor) -> Prediction:
+        """`predict` on checked arguments and with gradients."""
+
+    @abstractmethod
+    def emitted(self, prediction: Prediction, sequence_BLC: Tensor) -> Tensor:
+        """What sampling would emit, [B,N,C] with gradients, for a prediction cut to any of its samples.
+
+        A token's code is chosen as in sampling; its gradient is that of an expected code (straight through).
+        """
+
+    @abstractmethod
+    def emit(self, sequence_BLC: Tensor, labels_B: Tensor, start: int, stop: int) -> Tensor:
+        """What sampling keeps of one pass, [B,stop-start,C], without gradients."""
 
     @torch.no_grad()
     def predict(self, sequence_BLC: Tensor, class_labels: Labels, start: int | Tensor = 0) -> Prediction:
@@ -106,11 +113,56 @@ class Student(nn.Module):
         start_B = start_B.expand(len(sequence_BLC))
         if int(start_B.min()) < 0 or int(start_B.max()) >= self.length:
             raise ValueError(f"start must lie in 0..{self.length - 1}, got {start}")
-        sequence_BLC = sequence_BLC.to(self.device, self.indicator.weight.dtype)
-        return self(sequence_BLC, labels_B, start_B)
+        return self(sequence_BLC.to(self.device, self.indicator.weight.dtype), labels_B, start_B)
+
+    @torch.no_grad()
+    def initialize_from(self, teacher: Teacher) -> None:
+        """Copy the teacher's weights by name (`Backbone.student_state`); what is new starts neutral.
+
+        Raises:
+            ValueError: a shared weight is missing or misshapen.
+        """
+        assert isinstance(self.backbone, nn.Module)
+        source = self.backbone.student_state(teacher.backbone, teacher.codebook_VC)
+        target = self.backbone.state_dict()
+        wrong = [n for n in target if n not in source or source[n].shape != target[n].shape]
+        if wrong:
+            raise ValueError(f"the teacher lacks, or has in another shape: {', '.join(wrong)}")
+        self.backbone.load_state_dict({n: source[n] for n in target})
+        nn.init.zeros_(self.indicator.weight)
+
+
+class DD1Student(Student):
+    """The student of DD1: each position reads its own noise and says its token itself.
+
+    Args:
+        backbone: as for every student; it reads code vectors (`vector_inputs`).
+        tokenizer, starts: as for every student.
+        split: positions before it are emitted as argmax tokens, the rest as continuous vectors.
+        layerwise: also add the indicator, through a linear map each, inside every block and before the heads.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        tokenizer: Tokenizer,
+        *,
+        starts: tuple[int, ...],
+        split: int,
+        layerwise: bool = False,
+    ) -> None:
+        super().__init__(backbone, tokenizer, starts=starts)
+        if not 0 <= split <= self.length:
+            raise ValueError(f"split must lie in 0..{self.length}, got {split}")
+        self.split = split
+        maps = backbone.depth + 1 if layerwise else 0
+        self.indicator_maps = nn.ModuleList(nn.Linear(backbone.width, backbone.width) for _ in range(maps))
+        self.continuous_head = ContinuousHead(backbone.width, tokenizer.codebook_VC.shape[1])
+
+    def options(self) -> dict[str, Any]:
+        return {"starts": self.starts, "split": self.split}
 
     def forward(self, sequence_BLC: Tensor, labels_B: Tensor, start_B: Tensor) -> Prediction:
-        """`predict` on checked arguments and with gradients."""
         hidden_BLD, condition = self.hidden(sequence_BLC, labels_B, start_B)
         return Prediction(
             embeddings_BLC=self.embeddings(hidden_BLD, condition),
@@ -136,12 +188,18 @@ class Student(nn.Module):
         assert condition.class_BD is not None
         return self.continuous_head(hidden_BND, condition.class_BD).float()
 
+    def emitted(self, prediction: Prediction, sequence_BLC: Tensor) -> Tensor:
+        """Argmax codes before `split`, the continuous head after it."""
+        split = self.split
+        parts: Sequence[Tensor] = [prediction.embeddings_BLC[:, split:]]
+        if split:
+            weights_BNV = torch.softmax(prediction.logits_BLV[:, :split], -1)
+            parts = [straight_through(weights_BNV.argmax(-1), weights_BNV, self.codebook_VC), *parts]
+        return torch.cat(list(parts), 1)
+
     @torch.no_grad()
     def emit(self, sequence_BLC: Tensor, labels_B: Tensor, start: int, stop: int) -> Tensor:
-        """What sampling keeps of one pass, [B,stop-start,C]: argmax codes before `split`, the continuous head after.
-
-        Each head is computed only at the positions that are taken from it.
-        """
+        """Argmax codes before `split`, the continuous head after; each head only where it is taken from."""
         start_B = torch.full((len(sequence_BLC),), start, device=self.device)
         hidden_BLD, condition = self.hidden(sequence_BLC, labels_B, start_B)
         border = min(max(self.split, start), stop)
@@ -155,22 +213,16 @@ class Student(nn.Module):
 
     @torch.no_grad()
     def initialize_from(self, teacher: Teacher) -> None:
-        """Copy the teacher's weights by name (`Backbone.student_state`); the indicator starts neutral, at zero.
-
-        Raises:
-            ValueError: a shared weight is missing or misshapen.
-        """
-        assert isinstance(self.backbone, nn.Module)
-        source = self.backbone.student_state(teacher.backbone, teacher.codebook_VC)
-        target = self.backbone.state_dict()
-        wrong = [n for n in target if n not in source or source[n].shape != target[n].shape]
-        if wrong:
-            raise ValueError(f"the teacher lacks, or has in another shape: {', '.join(wrong)}")
-        self.backbone.load_state_dict({n: source[n] for n in target})
-        nn.init.zeros_(self.indicator.weight)
+        super().initialize_from(teacher)
         for name, parameter in self.indicator_maps.named_parameters():
             if name.endswith("bias"):
                 nn.init.zeros_(parameter)
+
+
+def straight_through(ids_BN: Tensor, weights_BNV: Tensor, codebook_VC: Tensor) -> Tensor:
+    """The codes of `ids_BN` with the gradient of the expected code under `weights_BNV`, [B,N,C]."""
+    expected = weights_BNV @ codebook_VC
+    return expected + (F.embedding(ids_BN, codebook_VC) - expected).detach()
 
 
 def kept_layers(depth: int, kept: int) -> list[int]:

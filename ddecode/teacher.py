@@ -160,9 +160,30 @@ class Teacher:
     def forward(self, ids_BL: Tensor, labels: Any) -> Tensor:
         """`logits` on checked labels and with gradients, for training."""
         condition = self.backbone.condition(labels)
-        inputs = [condition.prefix_BPD, self.backbone.token_inputs(ids_BL[:, : self.length - self.steps[-1]])]
-        hidden = self.backbone.hidden(torch.cat(inputs, 1), condition)
-        return self.backbone.logits(hidden[:, -self.length :], condition)
+        return self.backbone.logits(forced_hidden(self.backbone, ids_BL, condition), condition)
+
+    @torch.no_grad()
+    def log_probs(self, ids_BL: Tensor, labels: Any, recipe: Recipe) -> Tensor:
+        """What `walk` hands to its `pick` on the way to these tokens, in one pass.
+
+        Args:
+            ids_BL: int64, in teacher order.
+            labels: checked labels [B] (or captions) on the teacher's device.
+            recipe: guidance and filtering.
+
+        Returns:
+            fp32 [B,L,V]; excluded codes are -inf.
+        """
+        backbone, steps = self.backbone, enumerate(self.steps)
+        weights = [backbone.guidance_weight(recipe.guidance_scale, k) for k, count in steps for _ in range(count)]
+        condition = backbone.condition(labels)
+        if guided := any(w > 0 for w in weights):
+            condition = Condition.joined(condition, backbone.condition(backbone.unconditional(labels)))
+        logits = backbone.logits(forced_hidden(backbone, ids_BL, condition), condition)
+        if guided:
+            cond, uncond = logits.chunk(2)
+            logits = torch.lerp(uncond, cond, 1.0 + logits.new_tensor(weights)[:, None])
+        return filter_log_probs(logits, top_k=recipe.top_k, top_p=recipe.top_p)
 
     def generate(
         self,
@@ -271,6 +292,18 @@ class Teacher:
         if position not in boundaries:
             raise ValueError(f"{position} is no step boundary of this teacher; those are {boundaries}")
         return boundaries.index(position)
+
+
+def forced_hidden(backbone: Backbone, ids_BL: Tensor, condition: Condition) -> Tensor:
+    """Teacher forcing in one pass: hidden states [B,L,D] at the positions where the tokens are predicted.
+
+    The condition may hold several batches one after the other (`Condition.joined`), which read the same tokens.
+    """
+    length = ids_BL.shape[1]
+    known_BMD = backbone.token_inputs(ids_BL[:, : length - backbone.steps[-1]])
+    copies = len(condition.prefix_BPD) // len(ids_BL)
+    inputs_BND = torch.cat([condition.prefix_BPD, known_BMD.repeat(copies, 1, 1)], 1)
+    return backbone.hidden(inputs_BND, condition)[:, -length:]
 
 
 def batch_size(labels: Any) -> int:

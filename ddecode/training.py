@@ -36,6 +36,28 @@ class Samples(Protocol):
         """The tensors of these samples, as the objective's `forward` takes them."""
 
 
+class Objective(nn.Module):
+    """What `train` trains.
+
+    `forward(*batch, generator=..., progress=..., step=...)` gives (loss, metrics), progress in [0, 1) being the share
+    of the run behind it. Whatever it holds beside `model` and `critics` must be frozen.
+    """
+
+    model: nn.Module
+    """Trained with the run's learning rate; its EMA is the result."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.critics = nn.ModuleDict()
+        """Networks that are trained against the model, in the same backward pass; they are part of the checkpoint."""
+        self.critic_lr: dict[str, float] = {}
+        """The learning rate of each, constant after the warm-up."""
+
+    def realigns(self, step: int) -> bool:
+        """Whether the model goes back to its EMA before this step."""
+        return False
+
+
 def batch_indices(size: int, batch: int, step: int, seed: int) -> list[int]:
     """The samples of one step: epochs are permutations, one after the other without a gap."""
     indices: list[int] = []
@@ -67,8 +89,8 @@ def update_average(average: nn.Module, model: nn.Module, step: int, decay: float
 class Checkpoint:
     """The state of a run on disk: `RUN/checkpoint`, replaced as a whole.
 
-    `model.safetensors` and `ema.safetensors` hold weights, `optimizer.pt` Adam's moments, `state.json` the step and
-    the config it belongs to.
+    `model.safetensors`, `ema.safetensors` and, where there are any, `critics.safetensors` hold weights, `optimizer.pt`
+    Adam's moments, `state.json` the step and the config it belongs to.
     """
 
     def __init__(self, run: Path) -> None:
@@ -77,11 +99,12 @@ class Checkpoint:
     def exists(self) -> bool:
         return (self.folder / "state.json").is_file()
 
-    def save(self, step: int, identity: dict[str, Any], model: nn.Module, ema: nn.Module, optimizer: Any) -> None:
+    def save(self, step: int, identity: dict[str, Any], networks: dict[str, nn.Module], optimizer: Any) -> None:
+        """Write all; `networks` by the names of their files."""
         aside = self.folder.with_name("checkpoint.new")
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
-        for name, module in (("model", model), ("ema", ema)):
+        for name, module in networks.items():
             state = {k: v.detach().cpu().contiguous() for k, v in module.state_dict().items()}
             save_file(state, aside / f"{name}.safetensors")
         torch.save(optimizer.state_dict(), aside / "optimizer.pt")
@@ -102,8 +125,8 @@ class Checkpoint:
         if not self.folder.exists() and old.exists():
             old.rename(self.folder)
 
-    def load(self, identity: dict[str, Any], model: nn.Module, ema: nn.Module, optimizer: Any) -> int:
-        """Returns the number of steps done.
+    def load(self, identity: dict[str, Any], networks: dict[str, nn.Module], optimizer: Any) -> int:
+        """Fill all in place. Returns the number of steps done.
 
         Raises:
             ValueError: the run was made with another config.
@@ -111,14 +134,14 @@ class Checkpoint:
         state = json.loads((self.folder / "state.json").read_text())
         if state["identity"] != json.loads(json.dumps(identity)):
             raise ValueError(f"{self.folder.parent} was begun with another config; choose another --out")
-        model.load_state_dict(load_file(self.folder / "model.safetensors"))
-        ema.load_state_dict(load_file(self.folder / "ema.safetensors"))
+        for name, module in networks.items():
+            module.load_state_dict(load_file(self.folder / f"{name}.safetensors"))
         optimizer.load_state_dict(torch.load(self.folder / "optimizer.pt", weights_only=True))
         return state["step"]
 
 
 def train(
-    objective: nn.Module,
+    objective: Objective,
     samples: Samples,
     config: TrainingConfig,
     run: Path,
@@ -131,9 +154,7 @@ def train(
     """Train `objective.model` and return its EMA.
 
     Args:
-        objective: a module whose `forward(*batch, generator=..., progress=...)` gives (loss, metrics), progress in
-            [0, 1) being the share of the run behind it, and whose attribute `model` is trained; whatever else it
-            holds must be frozen.
+        objective: see `Objective`.
         samples: the training set.
         config: length, batch, optimiser.
         run: folder for `log.jsonl` and `checkpoint/`.
@@ -157,13 +178,13 @@ def train(
         raise ValueError(f"{run} holds a run already; add --resume to go on with it, or choose another --out")
     run.mkdir(parents=True, exist_ok=True)
 
-    model: nn.Module = objective.model  # type: ignore[assignment]
-    model.train()
+    model = objective.model.train()
     ema = copy.deepcopy(model).eval().requires_grad_(False).to(accelerator.device)
-    optimizer = torch.optim.AdamW(weight_decay_groups(model, config.weight_decay), lr=config.lr, betas=config.betas)
+    optimizer = torch.optim.AdamW(parameter_groups(objective, config), lr=config.lr, betas=config.betas)
+    networks = {"model": model, "ema": ema} | ({"critics": objective.critics} if len(objective.critics) else {})
     begin = 0
     if resume and checkpoint.exists():
-        begin = checkpoint.load(identity, model, ema, optimizer)
+        begin = checkpoint.load(identity, networks, optimizer)
     if config.compile:
         compile_blocks(model)
     wrapped, optimizer = accelerator.prepare(objective, optimizer)
@@ -172,8 +193,11 @@ def train(
     clock = time.monotonic()
     with tqdm(total=config.steps, initial=begin, unit="step", disable=not (show_progress and main)) as bar:
         for step in range(begin, config.steps):
+            if objective.realigns(step):
+                model.load_state_dict(ema.state_dict())
             loss, metrics, norm = optimise(wrapped, optimizer, samples, config, step, accelerator)
-            update_average(ema, model, step, config.ema_decay)
+            if norm is not None:
+                update_average(ema, model, step, config.ema_decay)
             done = step + 1
             bar.update()
             last = done == config.steps
@@ -185,11 +209,11 @@ def train(
             if logs:
                 bar.set_postfix(loss=f"{value:.3f}")
                 if log is not None:
-                    row = {"step": done, "loss": value} | {name: float(metric) for name, metric in metrics.items()}
+                    row = {"step": done, "loss": value} | {name: plain(metric) for name, metric in metrics.items()}
                     row |= {"grad_norm": norm, "lr": learning_rate(config, step), "seconds": time.monotonic() - clock}
                     log.write(row)
             if main and saves:
-                checkpoint.save(done, identity, model, ema, optimizer)
+                checkpoint.save(done, identity, networks, optimizer)
             if main and preview and config.preview_every and done % config.preview_every == 0:
                 preview(ema, done)
     accelerator.wait_for_everyone()
@@ -198,21 +222,38 @@ def train(
 
 def optimise(
     objective: nn.Module, optimizer: Any, samples: Samples, config: TrainingConfig, step: int, accelerator: Accelerator
-) -> tuple[Tensor, dict[str, Tensor], float]:
-    """One optimiser step; returns the loss and metrics of this process's share of the batch, and the gradient norm."""
+) -> tuple[Tensor, dict[str, Tensor], float | None]:
+    """One optimiser step.
+
+    Returns:
+        The loss and metrics of this process's share of the batch, and the norm of the model's gradient, None where only
+        critics were trained.
+    """
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate(config, step)
+        constant = group["peak_lr"] * min(1.0, (step + 1) / max(1, config.warmup_steps))
+        group["lr"] = constant if group["critic"] else learning_rate(config, step)
     rank, world = accelerator.process_index, accelerator.num_processes
     indices = batch_indices(len(samples), config.batch, step, config.seed)[rank::world]
     batch = [tensor.to(accelerator.device) for tensor in samples.batch(indices)]
     generator = torch.Generator().manual_seed(derived_seed(config.seed, 2, step, rank))
     with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-        loss, metrics = objective(*batch, generator=generator, progress=step / config.steps)
+        loss, metrics = objective(*batch, generator=generator, progress=step / config.steps, step=step)
     accelerator.backward(loss)
-    norm = accelerator.clip_grad_norm_(objective.parameters(), config.clip_norm)
+    norm = None
+    for critic in (False, True):  # each clipped for itself: neither's gradient shrinks the other's step
+        groups = [group["params"] for group in optimizer.param_groups if group["critic"] is critic]
+        parameters = [p for group in groups for p in group if p.grad is not None]
+        if parameters:
+            clipped = accelerator.clip_grad_norm_(parameters, config.clip_norm)
+            norm = norm if critic else float(clipped)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return loss, metrics, float(norm)
+    return loss, metrics, norm
+
+
+def plain(metric: Tensor) -> float | list[float]:
+    """A metric for JSON."""
+    return float(metric) if metric.dim() == 0 else [float(value) for value in metric]
 
 
 def compile_blocks(model: nn.Module) -> None:
@@ -224,13 +265,18 @@ def compile_blocks(model: nn.Module) -> None:
                     block.compile()
 
 
-def weight_decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Decay matrices, not vectors."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    return [
-        {"params": [p for p in trained if p.dim() > 1], "weight_decay": weight_decay},
-        {"params": [p for p in trained if p.dim() <= 1], "weight_decay": 0.0},
+def parameter_groups(objective: Objective, config: TrainingConfig) -> list[dict[str, Any]]:
+    """The optimiser's: the model's matrices, which decay, its vectors, which do not, and each critic."""
+    trained = [p for p in objective.model.parameters() if p.requires_grad]
+    matrices, vectors = [p for p in trained if p.dim() > 1], [p for p in trained if p.dim() <= 1]
+    groups: list[dict[str, Any]] = [
+        {"params": matrices, "weight_decay": config.weight_decay, "critic": False, "peak_lr": config.lr},
+        {"params": vectors, "weight_decay": 0.0, "critic": False, "peak_lr": config.lr},
     ]
+    for name, critic in objective.critics.items():
+        rate = objective.critic_lr[name]
+        groups.append({"params": list(critic.parameters()), "weight_decay": 0.0, "critic": True, "peak_lr": rate})
+    return groups
 
 
 class Log:

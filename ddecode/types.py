@@ -52,6 +52,8 @@ class Prediction:
 
     embeddings_BLC: Tensor
     logits_BLV: Tensor
+    drafts: tuple[Tensor, ...] = ()
+    """Logits [B,N,V] of the first N tokens that a student read off between its blocks."""
 
 
 class KeyValueCache:
@@ -109,6 +111,10 @@ class Backbone(Protocol):
     def token_inputs(self, ids_BN: Tensor, seen: int = 0) -> Tensor:
         """Input vectors [B,M,D] of the positions that N resolved tokens make known, less the first `seen` of them."""
 
+    def mixed_inputs(self, ids_BN: Tensor, resolved_BN: Tensor, noise_BNC: Tensor) -> tuple[Tensor, Tensor]:
+        """The same [B,M,D] of the tokens that are resolved, the others counting for nothing; and what each of these
+        positions sees of the others' noise, [B,M,C], before any learned map. Only drafting students need it."""
+
     def vector_inputs(self, sequence_BLC: Tensor) -> Tensor:
         """Input vectors [B,L,D] of a student's sequence of codes and noise; only students have it."""
 
@@ -129,8 +135,9 @@ class Backbone(Protocol):
         *,
         cache: KeyValueCache | None = None,
         residuals: Sequence[Tensor] | None = None,
+        blocks: range | None = None,
     ) -> Tensor:
-        """Hidden states [B,N,D] before the final norm.
+        """Hidden states [B,N,D] before the final norm; with `blocks`, those behind these blocks, of those before them.
 
         With a cache the N vectors stand behind those cached. `residuals`, one [B,N,D] per block, are added inside
         the block, between attention and feed-forward.

@@ -10,8 +10,8 @@ from tiny import distill_recipe, write_yaml
 from ddecode.checkpoint import family_module
 from ddecode.config import (
     DistillConfig,
+    ObjectiveConfig,
     PairsConfig,
-    RegressionConfig,
     StudentConfig,
     TrainingConfig,
     as_dict,
@@ -170,7 +170,7 @@ def test_plain_yaml_types(tmp_path: Path) -> None:
 
 
 def test_configs_cannot_change() -> None:
-    for config in (PairsConfig(num=1), StudentConfig(), RegressionConfig(), TrainingConfig(steps=1, batch=1, lr=1.0)):
+    for config in (PairsConfig(num=1), StudentConfig(), ObjectiveConfig(), TrainingConfig(steps=1, batch=1, lr=1.0)):
         with pytest.raises(AttributeError):
             config.seed = 1  # type: ignore[misc]
 
@@ -184,4 +184,4 @@ def test_a_weight_holds_from_its_share_of_the_run_on() -> None:
 @pytest.mark.parametrize("weight", [-1.0, {0.5: -1.0}, {1.5: 1.0}])
 def test_weights_out_of_range_are_refused(weight: object) -> None:
     with pytest.raises(ValueError, match=r"objective\.energy"):
-        RegressionConfig(energy=weight)  # type: ignore[arg-type]
+        ObjectiveConfig(energy=weight)  # type: ignore[arg-type]

@@ -1,5 +1,6 @@
 """The training loop on a toy: it learns, and stopping anywhere leaves no trace."""
 
+import dataclasses
 import json
 import math
 from collections.abc import Callable
@@ -8,18 +9,27 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tiny import L, make_teacher, seeded
 from torch import Tensor, nn
 
 from ddecode.config import TrainingConfig
 from ddecode.objectives.likelihood import LikelihoodObjective
-from ddecode.training import Checkpoint, batch_indices, learning_rate, train, update_average
+from ddecode.training import (
+    Checkpoint,
+    Objective,
+    batch_indices,
+    learning_rate,
+    parameter_groups,
+    train,
+    update_average,
+)
 
 CONFIG = TrainingConfig(steps=9, batch=4, lr=0.05, warmup_steps=2, weight_decay=0.1, log_every=1, save_every=3, seed=5)
 TRUTH = torch.tensor([1.0, -2.0, 0.5])
 
 
-class Toy(nn.Module):
+class Toy(Objective):
     """Least squares on noisy inputs: its loss draws random numbers."""
 
     def __init__(self) -> None:
@@ -30,7 +40,7 @@ class Toy(nn.Module):
         self.progress: list[float] = []
 
     def forward(
-        self, x: Tensor, y: Tensor, generator: torch.Generator, progress: float = 0.0
+        self, x: Tensor, y: Tensor, generator: torch.Generator, progress: float = 0.0, step: int = 0
     ) -> tuple[Tensor, dict[str, Tensor]]:
         self.progress.append(progress)
         x = x + 0.05 * torch.randn(x.shape, generator=generator)
@@ -230,9 +240,9 @@ def test_a_checkpoint_is_replaced_as_a_whole(tmp_path: Path) -> None:
     optimizer = torch.optim.AdamW(model.parameters())
     checkpoint = Checkpoint(tmp_path)
     for step in (1, 2):
-        checkpoint.save(step, {"a": (1, 2)}, model, model, optimizer)
+        checkpoint.save(step, {"a": (1, 2)}, {"model": model, "ema": model}, optimizer)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
-    assert checkpoint.load({"a": (1, 2)}, nn.Linear(2, 1), model, optimizer) == 2
+    assert checkpoint.load({"a": (1, 2)}, {"model": nn.Linear(2, 1), "ema": model}, optimizer) == 2
 
 
 class Sequences:
@@ -264,3 +274,78 @@ def test_labels_are_dropped_at_their_rate() -> None:
         dropped = seen[-1] == teacher.num_classes
         assert torch.equal(seen[-1][~dropped], labels[~dropped])
         assert dropped.float().mean().item() == pytest.approx(rate, abs=0.02 if 0 < rate < 1 else 0)
+
+
+class Duel(Toy):
+    """A critic estimates the model's error; every third step it learns alone, and once the model goes back to its
+    EMA."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.critics["guess"] = nn.Linear(3, 1)
+        for parameter in self.critics.parameters():
+            parameter.data.zero_()
+        self.critic_lr["guess"] = 0.02
+
+    def realigns(self, step: int) -> bool:
+        return step == 5
+
+    def forward(
+        self, x: Tensor, y: Tensor, generator: torch.Generator, progress: float = 0.0, step: int = 0
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        loss, metrics = super().forward(x, y, generator, progress, step)
+        critic_loss = (self.critics["guess"](x)[:, 0] - metrics["error"]).square().mean()
+        metrics["error_B"] = metrics["error"].expand(2)
+        return (critic_loss, metrics) if step % 3 == 2 else (loss + critic_loss, metrics)
+
+
+def test_a_resumed_run_with_a_critic_equals_an_uninterrupted_one(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"identity": {}, "show_progress": False}
+    whole = train(Duel(), Points(), CONFIG, tmp_path / "whole", **options)
+    with pytest.raises(KeyboardInterrupt):
+        train(Duel(), killed_at(5), CONFIG, tmp_path / "parts", **options)
+    again = Duel()
+    resumed = train(again, Points(), CONFIG, tmp_path / "parts", resume=True, **options)
+    assert equal_states(whole, resumed)
+    assert log_of(tmp_path / "parts") == log_of(tmp_path / "whole")
+    for name in ("model.safetensors", "ema.safetensors", "critics.safetensors"):
+        a, b = (tmp_path / part / "checkpoint" / name for part in ("whole", "parts"))
+        assert a.read_bytes() == b.read_bytes(), name
+    assert all(p.abs().max() > 0 for p in again.critics.parameters())
+
+
+def test_a_critics_own_step_moves_neither_the_model_nor_its_average(tmp_path: Path) -> None:
+    def states(steps: int) -> list[bytes]:
+        config = dataclasses.replace(CONFIG, steps=9, save_every=steps)
+        folder = tmp_path / str(steps)
+        with pytest.raises(KeyboardInterrupt):
+            train(Duel(), killed_at(steps), config, folder, identity={}, show_progress=False)
+        return [(folder / "checkpoint" / f"{n}.safetensors").read_bytes() for n in ("model", "ema", "critics")]
+
+    before, after = states(2), states(3)
+    assert before[:2] == after[:2], "step 3 is the critic's own"
+    assert before[2] != after[2]
+
+
+def test_a_critic_keeps_its_learning_rate_and_the_log_its_vectors(tmp_path: Path) -> None:
+    objective = Duel()
+    groups = parameter_groups(objective, CONFIG)
+    assert [g["critic"] for g in groups] == [False, False, True] and groups[2]["peak_lr"] == 0.02
+    train(objective, Points(), CONFIG, tmp_path, identity={}, show_progress=False)
+    rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert all(isinstance(row["error_B"], list) and len(row["error_B"]) == 2 for row in rows)
+    assert [row["grad_norm"] is None for row in rows] == [False, False, True] * 3
+
+
+def test_the_model_goes_back_to_its_average_when_the_objective_says_so(tmp_path: Path) -> None:
+    """With a learning rate of next to nothing after it, the two are equal."""
+    config = dataclasses.replace(CONFIG, steps=6, ema_decay=0.9)
+    run_states = {}
+    for name, kind in (("duel", Duel), ("toy", Toy)):
+        train(kind(), Points(), config, tmp_path / name, identity={}, show_progress=False)
+        folder = tmp_path / name / "checkpoint"
+        run_states[name] = [load_file(folder / f"{n}.safetensors") for n in ("model", "ema")]
+    gaps = {
+        name: sum((model[k] - ema[k]).abs().sum().item() for k in model) for name, (model, ema) in run_states.items()
+    }
+    assert gaps["duel"] < 1e-6 < gaps["toy"], "step 5 went back, and was the critic's own"

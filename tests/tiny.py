@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ddecode.checkpoint import save_model
+from ddecode.checkpoint import family_module, save_model
+from ddecode.draft_student import DraftStudent
 from ddecode.pipeline import DistilledPipeline
-from ddecode.student import Student
+from ddecode.student import DD1Student, Student
 from ddecode.teacher import Recipe, Teacher
 from ddecode.types import Condition, KeyValueCache
 from third_party_loaders import llamagen, var
@@ -63,12 +64,34 @@ def make_teacher(seed: int = 0, recipe: Recipe = RECIPE, **sizes: Any) -> Teache
 
 def make_student(
     teacher: Teacher, *, seed: int = 0, starts: tuple[int, ...] = (0, 4), split: int = L, depth: int | None = None
-) -> Student:
+) -> DD1Student:
     with torch.random.fork_rng():
         student = llamagen.build_student(
             llamagen.student_config(teacher, depth), teacher.tokenizer, None, starts=starts, split=split
         )
     scramble(student, seed + 2)
+    assert isinstance(student, DD1Student)
+    return student
+
+
+def make_draft_student(
+    teacher: Teacher,
+    *,
+    seed: int = 0,
+    starts: tuple[int, ...] = (0, 4),
+    drafts: tuple[int, ...] = (1,),
+    joins: int = 0,
+    depth: int | None = None,
+) -> DraftStudent:
+    """Of either family."""
+    family = family_module(teacher.family)
+    with torch.random.fork_rng():
+        student = family.build_student(
+            family.student_config(teacher, depth, drafting=True), teacher.tokenizer, None,
+            starts=starts, drafts=drafts, joins=joins, num_steps=8, draft_steps=4,
+        )  # fmt: skip
+    (scramble if teacher.family == "llamagen" else scramble_var)(student, seed + 2)
+    assert isinstance(student, DraftStudent)
     return student
 
 
@@ -90,7 +113,7 @@ def save_tiny(folder: Path, pipe: DistilledPipeline, dtype: torch.dtype = torch.
     }
     parts = {"tokenizer": pipe.tokenizer, "teacher": teacher.backbone}
     if student is not None:
-        config["student"] = {"backbone": student.backbone.config, "starts": student.starts, "split": student.split}
+        config["student"] = {"backbone": student.backbone.config, **student.options()}
         parts["student"] = student
     save_model(folder, config, parts, dtype=dtype)
     return folder
@@ -159,6 +182,9 @@ class ScaleBackbone(nn.Module):
         return torch.cat(parts, 1)[:, seen:]
 
     def vector_inputs(self, sequence_BLC: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def mixed_inputs(self, ids_BN: Tensor, resolved_BN: Tensor, noise_BNC: Tensor) -> tuple[Tensor, Tensor]:
         raise NotImplementedError
 
     def student_state(self, teacher: Any, codebook_VC: Tensor) -> dict[str, Tensor]:

@@ -7,6 +7,9 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from ddecode.draft_student import DraftStudent
+from ddecode.student import DD1Student, Student
+from ddecode.types import Backbone, Tokenizer
 from third_party_loaders.state import StateOrPath, check_names, meta_module, read_state
 
 STUDENT_NAMES = {
@@ -46,6 +49,13 @@ def upstream_student_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
             raise ValueError(f"{name} is no parameter of a student")
         upstream[theirs + name.removeprefix(STUDENT_NAMES[theirs])] = tensor
     return upstream
+
+
+def new_student(backbone: Backbone, tokenizer: Tokenizer, *, layerwise: bool, **options: Any) -> Student:
+    """A student of the kind whose options these are."""
+    if "drafts" in options:
+        return DraftStudent(backbone, tokenizer, **options)
+    return DD1Student(backbone, tokenizer, layerwise=layerwise, **options)
 
 
 def no_buffers(config: Any) -> dict[str, Tensor]:

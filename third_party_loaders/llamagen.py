@@ -6,16 +6,18 @@ B batch, L token positions, V codes, C code width, D model width.
 import dataclasses
 import functools
 from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor
 
-from ddecode.student import Student
+from ddecode.student import DD1Student, Student
 from ddecode.teacher import Recipe, Teacher
 from ddecode.types import Tokenizer
 from third_party_loaders.adapter import (
     Adapter,
     encoder_sizes,
     is_student,
+    new_student,
     own_student_state,
     shape_of,
     upstream_student_state,
@@ -69,24 +71,24 @@ def build_student(
     config: TransformerConfig,
     tokenizer: Tokenizer,
     state: Mapping[str, Tensor] | None,
-    *,
-    starts: tuple[int, ...],
-    split: int,
+    **options: Any,
 ) -> Student:
+    """Without a state the weights are random; `options` are those of the student's kind, see `Student.options`."""
+
     def make() -> Student:
         backbone = LlamaGenTransformer(config)
         if state is None:
             backbone.initialize()
-        return Student(backbone, tokenizer, starts=starts, split=split)
+        return new_student(backbone, tokenizer, layerwise=False, **options)
 
     return built(make, state, "student of this config")
 
 
-def student_config(teacher: Teacher, depth: int | None) -> TransformerConfig:
-    """The sizes of a student of this teacher."""
+def student_config(teacher: Teacher, depth: int | None, *, drafting: bool = False) -> TransformerConfig:
+    """The sizes of a student of this teacher; a drafting one reads ids, as its teacher does."""
     assert isinstance(teacher.backbone, LlamaGenTransformer)
     config = teacher.backbone.config
-    code_width = teacher.codebook_VC.shape[1]
+    code_width = None if drafting else teacher.codebook_VC.shape[1]
     return dataclasses.replace(config, code_width=code_width, depth=depth or config.depth)
 
 
@@ -159,10 +161,10 @@ def recognise(state: Mapping[str, Tensor]) -> str | None:
     return "dd1-llamagen" if is_student(state) else "llamagen"
 
 
-def blank_student(config: TransformerConfig) -> Student:
+def blank_student(config: TransformerConfig) -> DD1Student:
     assert config.code_width is not None
     tokenizer = VQModel(VQConfig(vocab_size=config.vocab_size, code_width=config.code_width))
-    return Student(LlamaGenTransformer(config), tokenizer, starts=(0,), split=0)
+    return DD1Student(LlamaGenTransformer(config), tokenizer, starts=(0,), split=0)
 
 
 ADAPTERS = {

@@ -270,6 +270,10 @@ class LlamaGenTransformer(nn.Module):
     def token_inputs(self, ids_BN: Tensor, seen: int = 0) -> Tensor:
         return self.tok_embeddings(ids_BN[:, seen:])
 
+    def mixed_inputs(self, ids_BN: Tensor, resolved_BN: Tensor, noise_BNC: Tensor) -> tuple[Tensor, Tensor]:
+        resolved_BN1 = resolved_BN[..., None]
+        return self.tok_embeddings(ids_BN).masked_fill(~resolved_BN1, 0), noise_BNC.masked_fill(resolved_BN1, 0)
+
     def vector_inputs(self, sequence_BLC: Tensor) -> Tensor:
         return self.tok_embeddings(sequence_BLC)
 
@@ -277,6 +281,8 @@ class LlamaGenTransformer(nn.Module):
         """The teacher's weights, of fewer layers the evenly spaced ones; the input map is the least-squares fit of
         the teacher's token table on the codes."""
         state = renumber_layers(teacher.state_dict(), "layers", teacher.depth, self.depth)
+        if self.config.code_width is None:
+            return state
         return state | fit_input_map(codebook_VC, state["tok_embeddings.weight"])
 
     def new_cache(self, batch: int) -> KeyValueCache:
@@ -291,12 +297,14 @@ class LlamaGenTransformer(nn.Module):
         *,
         cache: KeyValueCache | None = None,
         residuals: Sequence[Tensor] | None = None,
+        blocks: range | None = None,
     ) -> Tensor:
         seen = 0 if cache is None else cache.length
         stop = seen + inputs_BND.shape[1]
         mask = self.attention_mask(seen, stop, condition.mask_BP, inputs_BND.device)
         h = inputs_BND
-        for i, layer in enumerate(self.layers):
+        for i in range(self.depth) if blocks is None else blocks:
+            layer = self.layers[i]
             h = layer(h, self.factors[seen:stop], mask, i, cache, None if residuals is None else residuals[i])
         if cache is not None:
             cache.length = stop

@@ -8,17 +8,19 @@ import functools
 import math
 import re
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ddecode.student import Student
+from ddecode.student import DD1Student, Student
 from ddecode.teacher import Recipe, Teacher
 from ddecode.types import Tokenizer
 from third_party_loaders.adapter import (
     Adapter,
     encoder_sizes,
     is_student,
+    new_student,
     own_student_state,
     shape_of,
     upstream_student_state,
@@ -86,26 +88,25 @@ def build_student(
     config: VARConfig,
     tokenizer: Tokenizer,
     state: Mapping[str, Tensor] | None,
-    *,
-    starts: tuple[int, ...],
-    split: int,
+    **options: Any,
 ) -> Student:
+    """Without a state the weights are random; `options` are those of the student's kind, see `Student.options`."""
     scales = check_tokenizer(config, tokenizer)
 
     def make() -> Student:
         backbone = VARTransformer(config, scales)
         if state is None:
             backbone.initialize()
-        return Student(backbone, tokenizer, starts=starts, split=split, layerwise=True)
+        return new_student(backbone, tokenizer, layerwise=True, **options)
 
     return built(make, state, "student of this config")
 
 
-def student_config(teacher: Teacher, depth: int | None) -> VARConfig:
-    """The sizes of a student of this teacher."""
+def student_config(teacher: Teacher, depth: int | None, *, drafting: bool = False) -> VARConfig:
+    """The sizes of a student of this teacher; a drafting one stands at its teacher's own positions."""
     assert isinstance(teacher.backbone, VARTransformer)
     config = teacher.backbone.config
-    return dataclasses.replace(config, own_positions=True, depth=depth or config.depth)
+    return dataclasses.replace(config, own_positions=not drafting, depth=depth or config.depth)
 
 
 # --- upstream states ------------------------------------------------------------------------------------------
@@ -239,9 +240,9 @@ def blank_backbone(config: VARConfig) -> VARTransformer:
     return VARTransformer(config, MultiScaleVQ(sizes))
 
 
-def blank_student(config: VARConfig) -> Student:
+def blank_student(config: VARConfig) -> DD1Student:
     backbone = blank_backbone(config)
-    return Student(backbone, backbone.tokenizer, starts=(0,), split=0, layerwise=True)
+    return DD1Student(backbone, backbone.tokenizer, starts=(0,), split=0, layerwise=True)
 
 
 def upstream_tokenizer_config(

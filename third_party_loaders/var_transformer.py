@@ -246,9 +246,24 @@ class VARTransformer(nn.Module):
 
     def token_inputs(self, ids_BN: Tensor, seen: int = 0) -> Tensor:
         """The residual maps of the resolved scales, each averaged down to the grid of the scale that reads it."""
-        tokenizer = self.tokenizer
-        with torch.no_grad(), torch.autocast(ids_BN.device.type, enabled=False):
-            maps_BMC = tokenizer.next_inputs(F.embedding(ids_BN, tokenizer.codebook_VC))[:, seen:]
+        return self.map_inputs(self.residual_maps(F.embedding(ids_BN, self.tokenizer.codebook_VC))[:, seen:], seen)
+
+    def mixed_inputs(self, ids_BN: Tensor, resolved_BN: Tensor, noise_BNC: Tensor) -> tuple[Tensor, Tensor]:
+        """Residual maps of codes alone, and of noise alone."""
+        open_BN1 = ~resolved_BN[..., None]
+        codes_BNC = F.embedding(ids_BN, self.tokenizer.codebook_VC).masked_fill(open_BN1, 0)
+        both = torch.cat([codes_BNC, noise_BNC.float().masked_fill(~open_BN1, 0)])
+        maps_BMC, noise_BMC = self.residual_maps(both).chunk(2)
+        return self.map_inputs(maps_BMC, 0), noise_BMC
+
+    @torch.no_grad()
+    def residual_maps(self, vectors_BNC: Tensor) -> Tensor:
+        """What the scales after the first read of one vector per token, fp32 [B,M,C]."""
+        with torch.autocast(vectors_BNC.device.type, enabled=False):
+            return self.tokenizer.next_inputs(vectors_BNC)
+
+    def map_inputs(self, maps_BMC: Tensor, seen: int) -> Tensor:
+        """Residual maps behind the first `seen` as input vectors."""
         first = self.prefix + seen
         return self.word_embed(maps_BMC) + self.places(first, first + maps_BMC.shape[1])
 
@@ -256,9 +271,11 @@ class VARTransformer(nn.Module):
         return self.word_embed(sequence_BLC) + self.places(self.prefix, self.positions)
 
     def student_state(self, teacher: "VARTransformer", codebook_VC: Tensor) -> dict[str, Tensor]:
-        """The teacher's weights, of fewer layers the evenly spaced ones. The scale in front takes the teacher's first
-        level and position; the first token's own level and position stay as they are here."""
+        """The teacher's weights, of fewer layers the evenly spaced ones. With own positions, the scale in front takes
+        the teacher's first level and position; the first token's own level and position stay as they are here."""
         state = renumber_layers(teacher.state_dict(), "blocks", teacher.depth, self.depth)
+        if not self.config.own_positions:
+            return state
         levels, places = state["lvl_embed.weight"], state["pos_1LC"]
         own_level, own_place = self.lvl_embed.weight[1:2], self.pos_1LC[:, 1:2]
         first = teacher.prefix
@@ -280,12 +297,14 @@ class VARTransformer(nn.Module):
         *,
         cache: KeyValueCache | None = None,
         residuals: Sequence[Tensor] | None = None,
+        blocks: range | None = None,
     ) -> Tensor:
         seen = 0 if cache is None else cache.length
         stop = seen + inputs_BND.shape[1]
         mask = self.attention_mask(seen, stop)
         h = inputs_BND
-        for i, block in enumerate(self.blocks):
+        for i in range(self.depth) if blocks is None else blocks:
+            block = self.blocks[i]
             h = block(h, condition.modulation[i], mask, i, cache, None if residuals is None else residuals[i])
         if cache is not None:
             cache.length = stop

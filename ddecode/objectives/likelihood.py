@@ -8,9 +8,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ddecode.teacher import Teacher
+from ddecode.training import Objective
 
 
-class LikelihoodObjective(nn.Module):
+class LikelihoodObjective(Objective):
     """Cross-entropy of the tokens of real images.
 
     Args:
@@ -25,7 +26,7 @@ class LikelihoodObjective(nn.Module):
         self.model = teacher.backbone
 
     def forward(
-        self, ids_BL: Tensor, labels_B: Tensor, generator: torch.Generator, progress: float = 0.0
+        self, ids_BL: Tensor, labels_B: Tensor, generator: torch.Generator, progress: float = 0.0, step: int = 0
     ) -> tuple[Tensor, dict[str, Tensor]]:
         drop_B = torch.rand(len(labels_B), generator=generator).to(labels_B.device) < self.label_drop
         labels_B = torch.where(drop_B, self.teacher.num_classes, labels_B)

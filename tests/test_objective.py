@@ -8,9 +8,10 @@ from tiny import C, L, V, make_student, scramble, seeded
 from torch import Tensor
 from torch.nn import functional as F
 
-from ddecode.config import RegressionConfig
+from ddecode.config import ObjectiveConfig
 from ddecode.evaluation.features import FeatureNetwork, perceptual_distance
-from ddecode.objectives.regression import RegressionObjective, emitted, energy_distance, standardise
+from ddecode.objectives.energy import energy_distance, standardise
+from ddecode.objectives.student import StudentObjective
 from ddecode.student import Student
 from ddecode.teacher import Teacher
 
@@ -26,7 +27,7 @@ def features() -> FeatureNetwork:
     return network.eval().requires_grad_(False)
 
 
-def loss_of(objective: RegressionObjective, seed: int = 0, **options: Any) -> tuple[Tensor, dict[str, Tensor]]:
+def loss_of(objective: StudentObjective, seed: int = 0, **options: Any) -> tuple[Tensor, dict[str, Tensor]]:
     return objective(NOISE, IDS, LABELS, generator=seeded(seed), **options)
 
 
@@ -36,9 +37,7 @@ def test_the_terms_are_their_formulas_and_add_up_by_weight(teacher: Teacher) -> 
     cross_entropy = F.cross_entropy(prediction.logits_BLV.flatten(0, 1), IDS.flatten()).item()
     squared = (prediction.embeddings_BLC - student.codebook_VC[IDS]).square().sum(-1).mean().item()
     for logits, embeddings in ((1.0, 0.0), (0.0, 1.0), (0.3, 2.0)):
-        loss, metrics = loss_of(
-            RegressionObjective(student, None, RegressionConfig(logits=logits, embeddings=embeddings))
-        )
+        loss, metrics = loss_of(StudentObjective(student, ObjectiveConfig(logits=logits, embeddings=embeddings)))
         assert loss.item() == pytest.approx(logits * cross_entropy + embeddings * squared, rel=1e-4)
         assert metrics["cross_entropy"].item() == pytest.approx(cross_entropy, rel=1e-4)
         assert metrics["embedding_error"].item() == pytest.approx(squared, rel=1e-4)
@@ -48,9 +47,9 @@ def test_the_terms_are_their_formulas_and_add_up_by_weight(teacher: Teacher) -> 
 
 def test_image_terms_add_up_by_weight(teacher: Teacher, features: FeatureNetwork) -> None:
     student = make_student(teacher, starts=(0,), split=6)
-    base, _ = loss_of(RegressionObjective(student, features, RegressionConfig()))
-    config = RegressionConfig(perceptual=0.7, energy=0.2)
-    loss, metrics = loss_of(RegressionObjective(student, features, config))
+    base, _ = loss_of(StudentObjective(student, ObjectiveConfig(), features=features))
+    config = ObjectiveConfig(perceptual=0.7, energy=0.2)
+    loss, metrics = loss_of(StudentObjective(student, config, features=features))
     assert loss.item() - base.item() == pytest.approx(
         0.7 * metrics["perceptual"].item() + 0.2 * metrics["energy"].item(), rel=1e-3
     )
@@ -63,8 +62,8 @@ def test_image_terms_add_up_by_weight(teacher: Teacher, features: FeatureNetwork
 
 def test_few_images_are_enough_for_the_image_terms(teacher: Teacher, features: FeatureNetwork) -> None:
     student = make_student(teacher, starts=(0,), split=6)
-    config = RegressionConfig(perceptual=1.0, image_batch=4)
-    _, metrics = loss_of(RegressionObjective(student, features, config))
+    config = ObjectiveConfig(perceptual=1.0, image_batch=4)
+    _, metrics = loss_of(StudentObjective(student, config, features=features))
     with torch.no_grad():
         ours = teacher.tokenizer.decode(student.emit(NOISE[:4], LABELS[:4], 0, L))
         theirs = teacher.tokenizer.decode(IDS[:4])
@@ -73,7 +72,7 @@ def test_few_images_are_enough_for_the_image_terms(teacher: Teacher, features: F
 
 
 def test_image_terms_may_begin_late(teacher: Teacher, features: FeatureNetwork) -> None:
-    objective = RegressionObjective(make_student(teacher), features, RegressionConfig(perceptual={0.5: 1.0}))
+    objective = StudentObjective(make_student(teacher), ObjectiveConfig(perceptual={0.5: 1.0}), features=features)
     assert "perceptual" not in loss_of(objective, progress=0.4)[1]
     assert "perceptual" in loss_of(objective, progress=0.5)[1]
 
@@ -83,12 +82,11 @@ def test_the_own_prefix_is_what_sampling_in_two_steps_keeps(
 ) -> None:
     """With every sample's prefix its own, the decoded batch is that of the plan with a second pass."""
     student = make_student(teacher, starts=(0, 4), split=L)
-    config = RegressionConfig(logits=0.0, energy=1.0, own_prefix=1.0)
-    objective = RegressionObjective(student, features, config)
+    config = ObjectiveConfig(logits=0.0, energy=1.0, own_prefix=1.0)
+    objective = StudentObjective(student, config, features=features)
     decoded = []
-    monkeypatch.setattr(
-        objective, "image_terms", lambda e, *rest: (decoded.append(e), (torch.zeros(8), torch.zeros(())))[1]
-    )
+    look = objective.look
+    monkeypatch.setattr(objective, "look", lambda e, codes: (decoded.append(e), look(e, codes))[1])
     loss_of(objective)
     first = student.emit(NOISE, LABELS, 0, L)
     second = student.emit(torch.cat([first[:, :4], NOISE[:, 4:]], 1), LABELS, 4, L)
@@ -102,7 +100,7 @@ def test_the_own_prefix_is_what_sampling_in_two_steps_keeps(
 def test_the_own_prefix_takes_no_part_in_the_cross_entropy(teacher: Teacher, features: FeatureNetwork) -> None:
     """Its targets would belong to another prefix: with it, only the samples that start from noise are counted."""
     student = make_student(teacher, starts=(0, 4), split=L)
-    own = loss_of(RegressionObjective(student, features, RegressionConfig(energy=1.0, own_prefix=1.0)))[1]
+    own = loss_of(StudentObjective(student, ObjectiveConfig(energy=1.0, own_prefix=1.0), features=features))[1]
     starts = torch.tensor([0, 4])[torch.randint(2, (8,), generator=seeded(0))]
     logits = student.predict(NOISE, LABELS).logits_BLV[starts == 0]
     expected = F.cross_entropy(logits.flatten(0, 1), IDS[starts == 0].flatten())
@@ -110,17 +108,17 @@ def test_the_own_prefix_takes_no_part_in_the_cross_entropy(teacher: Teacher, fea
 
 
 def test_image_terms_without_a_network_are_refused(student: Student) -> None:
-    for config in (RegressionConfig(perceptual=1.0), RegressionConfig(energy=1.0)):
+    for config in (ObjectiveConfig(perceptual=1.0), ObjectiveConfig(energy=1.0)):
         with pytest.raises(ValueError, match="need a feature network"):
-            RegressionObjective(student, None, config)
+            StudentObjective(student, config)
 
 
-@pytest.mark.parametrize("config", [RegressionConfig(embeddings=1.0), RegressionConfig(perceptual=1.0, energy=1.0)])
+@pytest.mark.parametrize("config", [ObjectiveConfig(embeddings=1.0), ObjectiveConfig(perceptual=1.0, energy=1.0)])
 def test_gradients_reach_both_heads_the_input_and_the_indicator(
-    config: RegressionConfig, teacher: Teacher, features: FeatureNetwork
+    config: ObjectiveConfig, teacher: Teacher, features: FeatureNetwork
 ) -> None:
     student = make_student(teacher, split=6)
-    loss, _ = loss_of(RegressionObjective(student, features, config))
+    loss, _ = loss_of(StudentObjective(student, config, features=features))
     loss.backward()
     for name, parameter in student.named_parameters():
         assert parameter.grad is not None and parameter.grad.isfinite().all(), name
@@ -130,7 +128,7 @@ def test_gradients_reach_both_heads_the_input_and_the_indicator(
 
 def test_image_terms_alone_reach_the_logits_through_the_argmax(teacher: Teacher, features: FeatureNetwork) -> None:
     student = make_student(teacher, split=L)
-    loss, _ = loss_of(RegressionObjective(student, features, RegressionConfig(logits=0.0, perceptual=1.0)))
+    loss, _ = loss_of(StudentObjective(student, ObjectiveConfig(logits=0.0, perceptual=1.0), features=features))
     loss.backward()
     assert student.backbone.output.weight.grad.abs().max() > 0
 
@@ -139,15 +137,15 @@ def test_what_is_emitted_in_training_is_what_sampling_emits(teacher: Teacher) ->
     for split in (0, 6, L):
         student = make_student(teacher, split=split)
         prediction = student.predict(NOISE, LABELS)
-        sequence = emitted(student, prediction.logits_BLV, prediction.embeddings_BLC)
+        sequence = student.emitted(prediction, NOISE)
         torch.testing.assert_close(sequence, student.emit(NOISE, LABELS, 0, L), atol=1e-5, rtol=1e-4)
 
 
 def test_resolved_positions_do_not_enter_the_loss(teacher: Teacher, features: FeatureNetwork) -> None:
     """With start 4 alone, noise before it is not read, and the heads' outputs there do not count."""
     student = make_student(teacher, starts=(4,), split=10)
-    config = RegressionConfig(embeddings=1.0, perceptual=1.0, energy=1.0)
-    objective = RegressionObjective(student, features, config)
+    config = ObjectiveConfig(embeddings=1.0, perceptual=1.0, energy=1.0)
+    objective = StudentObjective(student, config, features=features)
     loss, metrics = loss_of(objective)
     noise = NOISE.clone()
     noise[:, :4] += 5
@@ -167,7 +165,7 @@ def test_resolved_positions_do_not_enter_the_loss(teacher: Teacher, features: Fe
 
 
 def test_starts_are_drawn_from_the_generator_alone(teacher: Teacher) -> None:
-    objective = RegressionObjective(make_student(teacher, starts=(0, 4, 9)), None, RegressionConfig())
+    objective = StudentObjective(make_student(teacher, starts=(0, 4, 9)), ObjectiveConfig())
     losses = [loss_of(objective, seed=seed)[0].item() for seed in (0, 0, 1)]
     assert losses[0] == losses[1] != losses[2]
 

@@ -1,0 +1,147 @@
+"""A recipe assembled: where the first weights come from, and DD2's two stages, stopped anywhere."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import (
+    distill_recipe,
+    make_draft_student,
+    make_pipeline,
+    make_student,
+    make_teacher,
+    save_tiny,
+    write_yaml,
+)
+from torch import nn
+
+from ddecode import distillation
+from ddecode.checkpoint import ModelFolder
+from ddecode.config import DistillConfig, read_config
+from ddecode.distillation import distill
+from ddecode.objectives.score import ScoreTerm
+from ddecode.objectives.student import StudentObjective
+from ddecode.pairs import make_manifest, write_pairs
+from ddecode.pipeline import DistilledPipeline
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return save_tiny(tmp_path / "model", make_pipeline())
+
+
+def recipe_of(model: Path, tmp_path: Path, *overrides: str) -> DistillConfig:
+    return read_config(write_yaml(tmp_path / "recipe.yaml", distill_recipe(model)), DistillConfig, overrides)
+
+
+def first_student(model: Path, tmp_path: Path, *overrides: str) -> nn.Module:
+    folder = ModelFolder.open(model)
+    return distillation.make_student(folder, folder.teacher(), recipe_of(model, tmp_path, *overrides))
+
+
+def same(a: nn.Module, b: nn.Module) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+
+
+def test_first_weights_are_the_teachers_random_or_another_students(model: Path, tmp_path: Path) -> None:
+    teacher = ModelFolder.open(model).teacher()
+    fresh = first_student(model, tmp_path)
+    assert torch.equal(fresh.backbone.output.weight, teacher.backbone.output.weight)
+    random = first_student(model, tmp_path, "student.initial=random")
+    assert not torch.equal(random.backbone.output.weight, teacher.backbone.output.weight)
+    assert same(random, first_student(model, tmp_path, "student.initial=random"))
+    other = save_tiny(tmp_path / "other", make_pipeline(seed=9))
+    assert same(first_student(model, tmp_path, f"student.initial={other}"), ModelFolder.open(other).student())
+
+
+def test_a_student_that_does_not_fit_is_no_beginning(model: Path, tmp_path: Path) -> None:
+    teacher = make_teacher()
+    drafting = DistilledPipeline(tokenizer=teacher.tokenizer, teacher=teacher, student=make_draft_student(teacher))
+    save_tiny(tmp_path / "drafting", drafting)
+    with pytest.raises(ValueError, match="has another shape than this recipe's"):
+        first_student(model, tmp_path, f"student.initial={tmp_path / 'drafting'}")
+    alien = make_teacher(seed=5)
+    theirs = DistilledPipeline(tokenizer=alien.tokenizer, teacher=alien, student=make_student(alien))
+    save_tiny(tmp_path / "alien", theirs)
+    with pytest.raises(ValueError, match="has another teacher than"):
+        first_student(model, tmp_path, f"student.initial={tmp_path / 'alien'}")
+    alone = DistilledPipeline(tokenizer=teacher.tokenizer, teacher=teacher)
+    save_tiny(tmp_path / "alone", alone)
+    with pytest.raises(ValueError, match="alone has no student"):
+        first_student(model, tmp_path, f"student.initial={tmp_path / 'alone'}")
+
+
+SCORE = [
+    "objective.score.weight=1.0", "objective.score.updates=2", "objective.score.align_every=4",
+    "objective.score.align_steps=1", "objective.image_batch=2",
+    "objective.score.tuning={steps: 4, batch: 4, lr: 0.001, warmup_steps: 1, log_every: 1, save_every: 2}",
+]  # fmt: skip
+
+
+@pytest.fixture
+def pairs(model: Path, tmp_path: Path) -> Path:
+    config, folder = recipe_of(model, tmp_path), ModelFolder.open(model)
+    teacher = folder.teacher()
+    write_pairs(
+        teacher, make_manifest(teacher, "m", folder.teacher_hash(), config.pairs), tmp_path / "pairs",
+        show_progress=False,
+    )  # fmt: skip
+    return tmp_path / "pairs"
+
+
+def rows_of(run: Path) -> list[dict[str, Any]]:
+    rows = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
+
+
+@pytest.mark.parametrize("stage", ["tuning", "student"])
+def test_dd2_goes_through_both_stages_and_resumes_in_either(
+    stage: str, model: Path, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = recipe_of(model, tmp_path, *SCORE)
+    distill(config, pairs, tmp_path / "whole", show_progress=False)
+    rows = rows_of(tmp_path / "whole")
+    assert [("score_gap" in row, "cross_entropy" in row) for row in rows[:4]] == [(False, False), (True, True)] * 2
+    assert all("guidance_error" in row for row in rows)
+    assert "score_gap" not in rows[4], "after going back to its EMA the guidance network learns alone"
+    assert len(rows_of(tmp_path / "whole" / "tuning")) == 4
+
+    kind = distillation.TuningObjective if stage == "tuning" else StudentObjective
+    forward, calls = kind.forward, []
+
+    def killed(self: Any, *args: Any, **options: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return forward(self, *args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(kind, "forward", killed)
+        with pytest.raises(KeyboardInterrupt):
+            distill(config, pairs, tmp_path / "parts", show_progress=False)
+    distill(config, pairs, tmp_path / "parts", resume=True, show_progress=False)
+    for run in ("", "tuning"):
+        assert rows_of(tmp_path / "parts" / run) == rows_of(tmp_path / "whole" / run)
+    for name in ("model/model.safetensors", "checkpoint/critics.safetensors"):
+        assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_the_guidance_network_starts_from_the_first_stage(
+    model: Path, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = []
+    init = ScoreTerm.__init__
+
+    def recorded(self: ScoreTerm, teacher: Any, guidance: nn.Module, **options: Any) -> None:
+        given.append(guidance.head.output.weight.detach().clone())
+        init(self, teacher, guidance, **options)
+
+    monkeypatch.setattr(ScoreTerm, "__init__", recorded)
+    with_tuning, without = recipe_of(model, tmp_path, *SCORE), recipe_of(model, tmp_path, *SCORE[:-1])
+    distill(with_tuning, pairs, tmp_path / "a", show_progress=False)
+    distill(without, pairs, tmp_path / "b", show_progress=False)
+    tuned, fresh = given
+    assert tuned.abs().max() > 0 and fresh.abs().max() == 0
+    assert not (tmp_path / "b" / "tuning").exists()
