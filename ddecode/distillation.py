@@ -116,10 +116,17 @@ def distill(
         The model folder, `run/model`.
 
     Raises:
-        ValueError: pairs of another teacher, damaged shards, or a run that is there already.
+        ValueError: pairs of another teacher or, for a drafting student, of another map; damaged shards; or a run that
+            is there already.
     """
     folder = ModelFolder.open(config.teacher)
     pairs = Pairs(pairs_folder, teacher_hash=folder.teacher_hash())
+    made_with, told = pairs.manifest.num_steps, config.pairs.num_steps
+    if config.student.drafts is not None and made_with != told:
+        raise ValueError(
+            f"{pairs_folder} was made with {made_with} evaluations of the map, and a drafting student makes its tokens "
+            f"with the recipe's pairs.num_steps, {told}: set it to {made_with}"
+        )
     teacher = folder.teacher().to(PartialState().device)
     student = make_student(folder, teacher, config)
     freeze(teacher.backbone, teacher.tokenizer)

@@ -145,3 +145,10 @@ def test_the_guidance_network_starts_from_the_first_stage(
     tuned, fresh = given
     assert tuned.abs().max() > 0 and fresh.abs().max() == 0
     assert not (tmp_path / "b" / "tuning").exists()
+
+
+def test_a_drafting_student_needs_pairs_of_its_own_map(model: Path, pairs: Path, tmp_path: Path) -> None:
+    config = recipe_of(model, tmp_path, "student.split=null", "student.drafts=[1]", "pairs.num_steps=9")
+    with pytest.raises(ValueError, match=r"made with 8 evaluations .* set it to 8"):
+        distill(config, pairs, tmp_path / "run", show_progress=False)
+    assert not (tmp_path / "run").exists()
