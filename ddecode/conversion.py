@@ -207,8 +207,8 @@ def student_group(kind: str, sizes: Any, options: Options) -> dict[str, Any]:
     StudentConfig(starts=starts)  # checks their order, and the next one the ranges
     with torch.device("meta"):
         blank = adapter_of(kind).blank(sizes)
-        DD1Student(blank.backbone, blank.tokenizer, starts=starts, split=split)
-    return {"backbone": sizes, "starts": starts, "split": split}
+        student = DD1Student(blank.backbone, blank.tokenizer, starts=starts, split=split)
+    return {"backbone": sizes, **student.options()}
 
 
 # --- out ------------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from ddecode.objectives.score import ARDiffusion, ScoreTerm, TuningObjective
 from ddecode.objectives.student import StudentObjective
 from ddecode.pairs import Pairs
 from ddecode.pipeline import DistilledPipeline
-from ddecode.randomness import sample_generators
+from ddecode.randomness import fresh_weights, sample_generators
 from ddecode.student import Student
 from ddecode.teacher import Teacher
 from ddecode.training import train
@@ -40,8 +40,7 @@ def make_student(folder: ModelFolder, teacher: Teacher, config: DistillConfig) -
         steps = {"num_steps": config.pairs.num_steps, "draft_steps": shape.draft_steps}
         options |= {"drafts": shape.drafts, "joins": shape.joins, **steps}
     sizes = family.student_config(teacher, shape.depth, drafting=shape.drafts is not None)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.training.seed)
+    with fresh_weights(config.training.seed):
         student: Student = family.build_student(sizes, teacher.tokenizer, None, **options)
         if shape.initial == "teacher":
             student.initialize_from(teacher)
@@ -76,8 +75,7 @@ def make_score_term(
     show_progress: bool,
 ) -> ScoreTerm:
     """DD2's score term; its guidance network goes through the first stage in the folder `run`, if there is one."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with fresh_weights(seed):
         guidance: nn.Module = ARDiffusion.from_teacher(teacher)
     if config.tuning is not None:
         objective = TuningObjective(teacher, guidance, target=config.target, draws=config.guidance_draws)  # type: ignore[arg-type]
@@ -145,8 +143,10 @@ def distill(
             teacher, pairs, objective.score, run / "tuning",
             seed=config.training.seed, identity=identity, resume=resume, show_progress=show_progress,
         )  # fmt: skip
+    with fresh_weights(config.training.seed):
+        weighted = StudentObjective(student, objective, features=features, score=score)
     ema = train(
-        StudentObjective(student, objective, features=features, score=score),
+        weighted,
         pairs,
         config.training,
         run,

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from ddecode.codebook import nearest_code
 from ddecode.config import TrainingConfig
-from ddecode.diffusion_head import DiffusionHead
 from ddecode.flow import Codes
 from ddecode.objectives import score as score_module
 from ddecode.objectives.score import (
@@ -28,7 +27,7 @@ from ddecode.objectives.score import (
     score_identity,
     velocity,
 )
-from ddecode.teacher import Recipe, Teacher, inverse_cdf
+from ddecode.teacher import Recipe, Teacher
 from ddecode.training import train
 from ddecode.types import Condition, KeyValueCache
 
@@ -186,48 +185,6 @@ def test_noisy_codes_are_their_formula_and_follow_from_the_generator() -> None:
     assert t.shape == (400, 5, 7, 1) and t.min() >= LEAST_TIME and t.max() <= 1
     assert t.mean().item() == pytest.approx((1 + LEAST_TIME) / 2, abs=0.015)  # 6 standard errors
     assert torch.equal(noisy.x_RBLC, noisy_codes(codes, 400, seeded(1)).x_RBLC)
-
-
-@TEACHERS
-@pytest.mark.parametrize(
-    "recipe",
-    [Recipe(), Recipe(guidance_scale=2.5), Recipe(guidance_scale=1.7, top_k=6, top_p=0.8), Recipe(top_k=3)],
-    ids=str,
-)
-def test_log_probs_are_what_the_walk_hands_to_its_pick(make: Any, recipe: Recipe) -> None:
-    teacher: Teacher = make()
-    labels, seen = torch.tensor([0, 1, 2, 1]), []
-    draw = inverse_cdf(torch.rand(4, teacher.length, generator=seeded(0)))
-
-    def pick(log_probs_BNV: Tensor, start: int) -> Tensor:
-        seen.append(log_probs_BNV)
-        return draw(log_probs_BNV, start)
-
-    ids = teacher.walk(labels, pick, recipe)
-    ours, walked = teacher.log_probs(ids, labels, recipe), torch.cat(seen, 1)
-    assert ours.dtype == torch.float32 and not ours.requires_grad
-    assert torch.equal(ours.isinf(), walked.isinf())
-    torch.testing.assert_close(ours, walked, atol=1e-4, rtol=1e-4)
-
-
-def test_a_fresh_head_gives_the_best_linear_guess() -> None:
-    """Least squares of eps - q on x, direction by direction, and what it leaves open is c_out."""
-    codebook = torch.randn(6, 2, generator=seeded(0)) * torch.tensor([0.5, 2.0]) + 1
-    head = DiffusionHead(4, 2, width=8)
-    head.calibrate(codebook)
-    q = codebook[torch.randint(6, (100_000,), generator=seeded(1))]
-    eps = torch.randn(100_000, 2, generator=seeded(2))
-    for time in (1.0, 0.7, 0.3, 0.05):
-        x = (1 - time) * q + time * eps
-        guess = head(torch.randn(1, 1, 4), x[:, None, None], torch.full((100_000, 1, 1), time))[:, 0, 0]
-        assert guess.dtype == torch.float32
-        for c in range(2):
-            design = torch.stack([x[:, c], torch.ones(len(x))], 1)
-            best = design @ torch.linalg.lstsq(design, (eps - q)[:, c : c + 1]).solution
-            torch.testing.assert_close(guess[:, c : c + 1], best, atol=0.03 * best.std().item(), rtol=0.03)
-            left = (eps - q - guess)[:, c].std().item()
-            deviation = codebook[:, c].std(correction=0).item()
-            assert left == pytest.approx(deviation / math.hypot((1 - time) * deviation, time), rel=0.02)
 
 
 @TEACHERS

@@ -1,11 +1,12 @@
 """The autoregressive loop against one full pass for every step, filtering and drawing against their definitions."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
 from scipy.stats import chisquare
-from tiny import L, make_teacher, seeded
+from tiny import L, make_scale_teacher, make_teacher, make_var_teacher, seeded
 from torch import Tensor
 
 from ddecode.teacher import (
@@ -255,3 +256,25 @@ def test_it_is_in_evaluation_mode() -> None:
     teacher.backbone.train()
     again = Teacher(teacher.backbone, teacher.tokenizer, family="llamagen")
     assert not again.backbone.training and not again.tokenizer.training
+
+
+@pytest.mark.parametrize("make", [make_teacher, make_var_teacher, make_scale_teacher])
+@pytest.mark.parametrize(
+    "recipe",
+    [Recipe(), Recipe(guidance_scale=2.5), Recipe(guidance_scale=1.7, top_k=6, top_p=0.8), Recipe(top_k=3)],
+    ids=str,
+)
+def test_log_probs_are_what_the_walk_hands_to_its_pick(make: Any, recipe: Recipe) -> None:
+    teacher: Teacher = make()
+    labels, seen = torch.tensor([0, 1, 2, 1]), []
+    draw = inverse_cdf(torch.rand(4, teacher.length, generator=seeded(0)))
+
+    def pick(log_probs_BNV: Tensor, start: int) -> Tensor:
+        seen.append(log_probs_BNV)
+        return draw(log_probs_BNV, start)
+
+    ids = teacher.walk(labels, pick, recipe)
+    ours, walked = teacher.log_probs(ids, labels, recipe), torch.cat(seen, 1)
+    assert ours.dtype == torch.float32 and not ours.requires_grad
+    assert torch.equal(ours.isinf(), walked.isinf())
+    torch.testing.assert_close(ours, walked, atol=1e-4, rtol=1e-4)
