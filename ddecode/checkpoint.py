@@ -10,11 +10,11 @@ import hashlib
 import importlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib import resources
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ddecode.config import as_dict, build
+from ddecode.files import placed, write_aside
 from ddecode.student import Student
 from ddecode.teacher import Recipe, Teacher
 from ddecode.types import Tokenizer
@@ -30,6 +31,8 @@ FAMILIES = {"llamagen": "third_party_loaders.llamagen", "var": "third_party_load
 """By family, the module that builds its tokenizers, teachers and students."""
 FORMAT = 1
 PARTS = ("tokenizer", "teacher", "student")
+MODEL_FILES = ("config.json", "model.safetensors")
+CARD_FILES = ("README.md", "recipe.yaml")
 DD1_OPTIONS = {"starts": tuple[int, ...], "split": int}
 DRAFT_OPTIONS = {
     "starts": tuple[int, ...], "drafts": tuple[int, ...], "joins": int, "num_steps": int, "draft_steps": int,
@@ -48,6 +51,19 @@ def family_module(family: str) -> ModuleType:
     return importlib.import_module(FAMILIES[family])
 
 
+def family_of(backbone: object) -> str:
+    """The family whose loader builds such a backbone.
+
+    Raises:
+        ValueError: there is none.
+    """
+    config = getattr(backbone, "config", None)
+    for family in FAMILIES:
+        if isinstance(config, family_module(family).BackboneConfig):
+            return family
+    raise ValueError(f"only models of {', '.join(FAMILIES)} can be saved, and {type(backbone).__name__} is neither")
+
+
 def loaders() -> ModuleType:
     """The package of the families, for states in upstream's layouts."""
     return importlib.import_module("third_party_loaders")
@@ -62,7 +78,27 @@ def bundled_models() -> tuple[str, ...]:
     return tuple(sorted(path.parent.name for path in zoo_folder().glob("*/config.json")))
 
 
-def find_model(model: str | Path) -> Path:
+@dataclass(frozen=True, kw_only=True)
+class HubAccess:
+    """How a model is fetched from the hub; None leaves the choice to huggingface_hub and its environment variables."""
+
+    revision: str | None = None
+    cache_dir: str | Path | None = None
+    token: str | bool | None = None
+    local_files_only: bool = False
+    """Take what the cache holds and leave the network alone, as `HF_HUB_OFFLINE=1` does."""
+
+
+class UploadOptions(TypedDict, total=False):
+    """See `upload`."""
+
+    private: bool | None
+    token: str | bool | None
+    commit_message: str | None
+    create_pr: bool
+
+
+def find_model(model: str | Path, access: HubAccess | None = None) -> Path:
     """The folder of a bundled name, a local directory or a hub id (`owner/name`), in this order.
 
     Raises:
@@ -79,20 +115,67 @@ def find_model(model: str | Path) -> Path:
         raise ValueError(f"{path} is a file; a model is a folder with config.json and model.safetensors")
     if str(model).count("/") != 1 or str(model).startswith((".", "/")):
         raise ValueError(f"unknown model {str(model)!r}: bundled are {', '.join(bundled_models())}; or give a folder")
-    return download(str(model))
+    return download(str(model), access)
 
 
-def download(hub_id: str) -> Path:
+def download(hub_id: str, access: HubAccess | None = None) -> Path:
     """Fetch a model from the hub, or find it in the hub's cache."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        folder = snapshot_download(hub_id, allow_patterns=["config.json", "model.safetensors"])
+        folder = snapshot_download(hub_id, allow_patterns=list(MODEL_FILES), **asdict(access or HubAccess()))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"no local folder {hub_id!r}, and the hub does not give it: {reason}") from None
     return Path(folder)
+
+
+def upload(
+    folder: Path,
+    hub_id: str,
+    *,
+    private: bool | None = None,
+    token: str | bool | None = None,
+    commit_message: str | None = None,
+    create_pr: bool = False,
+) -> str:
+    """Put a model folder on the hub, in a repository that is made if there is none.
+
+    Args:
+        folder: its config, weights, card and recipe go up, nothing else.
+        hub_id: `owner/name`, or a name of one's own.
+        private: of a new repository; None is the owner's default.
+        token: None is the one that `hf auth login` stored.
+        commit_message: None is huggingface_hub's.
+        create_pr: open a pull request instead of committing.
+
+    Returns:
+        The address of the commit or pull request.
+
+    Raises:
+        ValueError: the folder lacks a file or its card, or the hub refuses.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    if missing := [name for name in (*MODEL_FILES, "README.md") if not (folder / name).is_file()]:
+        raise ValueError(f"{folder} has no {', '.join(missing)}: see DistilledPipeline.save_pretrained and its card")
+    # the bases hold the HTTP client's own error; which client it is depends on the version of huggingface_hub
+    refusals: Any = (*HfHubHTTPError.__bases__, HFValidationError, OSError)
+    try:
+        api = HfApi(token=token)
+        whole_id = api.create_repo(hub_id, private=private, exist_ok=True).repo_id
+        commit = api.upload_folder(
+            repo_id=whole_id,
+            folder_path=folder,
+            allow_patterns=[*MODEL_FILES, *CARD_FILES],
+            commit_message=commit_message,
+            create_pr=create_pr,
+        )
+    except refusals as error:
+        raise ValueError(f"the hub does not take {hub_id!r}: {str(error).strip().splitlines()[0]}") from None
+    return commit.pr_url or commit.commit_url
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,13 +186,13 @@ class ModelFolder:
     config: Mapping[str, Any]
 
     @classmethod
-    def open(cls, model: str | Path) -> "ModelFolder":
+    def open(cls, model: str | Path, access: HubAccess | None = None) -> "ModelFolder":
         """Find a model and read its config.
 
         Raises:
             ValueError: it does not exist, or its config is damaged or of another format.
         """
-        path = find_model(model)
+        path = find_model(model, access)
         try:
             config = json.loads((path / "config.json").read_text())
         except (json.JSONDecodeError, UnicodeDecodeError):
@@ -191,10 +274,11 @@ class ModelFolder:
             raise ValueError(f"the student group of {self.path.name} must hold {', '.join(['backbone', *kinds])}")
         return {key: build(kinds[key], value, f"student.{key}") for key, value in group.items()}
 
-    def others(self) -> dict[str, Teacher]:
+    def others(self, access: HubAccess | None = None) -> dict[str, Teacher]:
         """The teachers of other models that its plans may name: the config's group `others`, NAME to MODEL."""
         named = build(dict[str, str], self.config.get("others", {}), "others")
-        return {name: load_teacher(model) for name, model in named.items()}
+        own = replace(access or HubAccess(), revision=None)
+        return {name: ModelFolder.open(model, own).teacher() for name, model in named.items()}
 
     def teacher_hash(self) -> str:
         """Tells teachers apart: the hash of tokenizer and teacher."""
@@ -221,7 +305,7 @@ def save_model(
     config: Mapping[str, Any],
     parts: Mapping[str, nn.Module],
     *,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = torch.float32,
 ) -> None:
     """Write a model folder; weights first, aside, so that a folder with a config is whole.
 
@@ -229,10 +313,10 @@ def save_model(
         folder: made if missing.
         config: the content of `config.json` without its format.
         parts: modules by the names in `PARTS`; the teacher's is its backbone.
-        dtype: of floating weights on disk.
+        dtype: of floating weights on disk; None is what each has in memory.
     """
     tensors = {
-        f"{part}.{name}": tensor.to(dtype) if tensor.is_floating_point() else tensor
+        f"{part}.{name}": tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor
         for part, module in parts.items()
         for name, tensor in module.state_dict().items()
     }
@@ -248,16 +332,13 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
         if plain[name].data_ptr() in places:
             plain[name] = plain[name].clone()
         places.add(plain[name].data_ptr())
-    save_file(plain, path)
+    with placed(path) as aside:
+        save_file(plain, aside)
 
 
 def write_model(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
     """`save_model` of tensors as they are, under the names they have in the file."""
     folder.mkdir(parents=True, exist_ok=True)
-    aside = folder / "model.safetensors.new"
-    save_tensors(aside, tensors)
-    aside.rename(folder / "model.safetensors")
+    save_tensors(folder / "model.safetensors", tensors)
     plain = json.dumps({"format": FORMAT, **config}, indent=2, default=as_dict) + "\n"
-    aside = folder / "config.json.new"
-    aside.write_text(plain)
-    aside.rename(folder / "config.json")
+    write_aside(folder / "config.json", plain.encode())

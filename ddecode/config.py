@@ -140,6 +140,9 @@ class AdversarialConfig:
     """Of the discriminator, constant after the warm-up."""
     width: int = 64
     """Of its heads."""
+    images: str | None = None
+    """A folder with one sub-folder of images for each class, which are told from the student's (see
+    `ddecode.objectives.positives`); None: the teacher's samples are, so that no data are needed."""
 
     def __post_init__(self) -> None:
         check_weight("objective.adversarial.weight", self.weight)
@@ -196,7 +199,15 @@ class ObjectiveConfig:
     """The terms that train a student; a weight of 0 leaves a term out."""
 
     logits: Weight = 1.0
-    """Cross-entropy of the logits against the pair's tokens."""
+    """Cross-entropy of the logits."""
+    targets: Literal["tokens", "probabilities"] = "tokens"
+    """What it is against: the pairs' tokens, or all that the teacher knew there, which only a student that drafts can
+    be asked for."""
+    fresh_noise: bool = False
+    """Give the pairs' tokens other noise at each step, by the inverse map, so that finitely many pairs never repeat."""
+    cache_gib: float = 0.0
+    """Memory for the teacher's probabilities, which `targets: probabilities` and `fresh_noise` need; what does not fit
+    is computed anew each time."""
     drafts: Weight = 0.3
     """The same of each draft between a student's layers, where it makes any."""
     embeddings: Weight = 0.0
@@ -218,8 +229,15 @@ class ObjectiveConfig:
     def __post_init__(self) -> None:
         for name in ("logits", "drafts", "embeddings", "perceptual", "energy", "own_prefix"):
             check_weight(f"objective.{name}", getattr(self, name))
+        if not self.cache_gib >= 0:
+            raise ValueError(f"objective.cache_gib must be at least 0, got {self.cache_gib}")
         if self.image_batch < 2:
             raise ValueError(f"objective.image_batch must be at least 2, got {self.image_batch}")
+
+    @property
+    def uses_teacher_probabilities(self) -> bool:
+        """Whether pairs must come with all that the teacher knew."""
+        return self.fresh_noise or self.targets == "probabilities"
 
     @property
     def uses_images(self) -> bool:
@@ -238,6 +256,13 @@ class DistillConfig:
     training: TrainingConfig
     expected: dict[str, Any] = field(default_factory=dict)
     """Measured metrics with protocol, hardware and date, or the words `not yet measured`; for people."""
+
+    def __post_init__(self) -> None:
+        if self.objective.targets == "probabilities" and self.student.drafts is None:
+            raise ValueError(
+                "objective.targets: probabilities is for a student with student.drafts; another's token follows from "
+                "its noise"
+            )
 
 
 def read_config(path: Path, config_type: type[T], overrides: Sequence[str] = ()) -> T:

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from ddecode.benchmark import BenchmarkResult, benchmark
 from ddecode.checkpoint import ModelFolder, zoo_folder
@@ -22,7 +21,7 @@ from ddecode.evaluation.zoo import Judge, ZooRow, evaluate
 from ddecode.files import write_aside
 from ddecode.images import grid, png
 from ddecode.pairs import make_manifest, write_pairs
-from ddecode.pipeline import DistilledPipeline
+from ddecode.pipeline import DistilledPipeline, to_uint8
 from ddecode.randomness import sample_generators
 from ddecode.report import Report
 
@@ -141,12 +140,11 @@ def name_rows(rows: tuple[ZooRow, ...]) -> dict[str, ZooRow]:
     }
 
 
-@torch.no_grad()
 def draw(pipe: DistilledPipeline, steps: int | str, seed: int) -> np.ndarray:
     """uint8 [N,H,W,3]: the same labels and seeds for every model."""
     labels = [i % pipe.num_classes for i in range(PICTURED)]
     generators = sample_generators(seed, range(PICTURED))
-    return pipe(labels, plan=pipe.plan(steps), generator=generators, output_type="np").images
+    return to_uint8(pipe.decode(pipe.emit(labels, pipe.plan(steps), generators).embeddings_BLC))
 
 
 HEADER = ["", "passes", "FD to real", "ratio", "E", "label accuracy", "variance"]

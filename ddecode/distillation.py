@@ -1,29 +1,28 @@
 """Distilling a teacher from its pairs: the recipe assembled.
 
-The run folder holds `log.jsonl`, `checkpoint/` (to go on from), `previews/`, `tuning/` (the first stage of a score
-term) and, in the end, `model/`: tokenizer, teacher and student in our directory format.
+The run folder holds `log.jsonl`, `checkpoint/` (to go on from) and the one before it, `previews/`, `tuning/` (the first
+stage of a score term), `positives/` (tokens of the images of an adversarial term) and, in the end, `model/`: tokenizer,
+teacher and student in our directory format.
 """
 
 from pathlib import Path
 
-import numpy as np
-import torch
 from accelerate import PartialState
 from torch import nn
 
 from ddecode.checkpoint import ModelFolder, save_model, zoo_folder
 from ddecode.config import DistillConfig, ScoreConfig, as_dict
 from ddecode.evaluation.features import load_features
-from ddecode.files import write_aside
-from ddecode.images import grid, png
+from ddecode.locks import held, meet
+from ddecode.objectives.positives import LabelledImages, Positives, encode_images, read_positives
 from ddecode.objectives.score import ARDiffusion, ScoreTerm, TuningObjective
 from ddecode.objectives.student import StudentObjective
-from ddecode.pairs import Pairs
-from ddecode.pipeline import DistilledPipeline
-from ddecode.randomness import fresh_weights, sample_generators
+from ddecode.pairs import ForcedPairs, Pairs
+from ddecode.previews import Preview
+from ddecode.randomness import fresh_weights
 from ddecode.student import Student
 from ddecode.teacher import Teacher
-from ddecode.training import train
+from ddecode.training import Samples, train
 
 
 def make_student(folder: ModelFolder, teacher: Teacher, config: DistillConfig) -> Student:
@@ -87,6 +86,15 @@ def make_score_term(
     return ScoreTerm(teacher, guidance, form=config.form, draws=config.draws, guidance_draws=config.guidance_draws)
 
 
+def make_positives(teacher: Teacher, images: LabelledImages, folder: Path, *, show_progress: bool = True) -> Positives:
+    """Tokens of real images, kept in the run's `folder` so that they are made once, by all processes together."""
+    state = PartialState()
+    rank, world = state.process_index, state.num_processes
+    encode_images(images, teacher, folder, rank=rank, world=world, show_progress=show_progress)
+    meet()
+    return read_positives(images, folder)
+
+
 def features_folder(name: str) -> Path:
     """A bundled feature network's folder, or the folder named."""
     bundled = zoo_folder() / "features" / name
@@ -114,9 +122,16 @@ def distill(
         The model folder, `run/model`.
 
     Raises:
-        ValueError: pairs of another teacher or, for a drafting student, of another map; damaged shards; or a run that
-            is there already.
+        ValueError: pairs of another teacher or, for a drafting student, of another map; damaged shards or a damaged
+            checkpoint; a run that is there already, or is at work there; a folder of images that does not fit.
+        OSError: the disk is full, say. The last checkpoint is whole then.
     """
+    with held(run, leader=PartialState().is_main_process):
+        return distill_alone(config, pairs_folder, run, resume=resume, show_progress=show_progress)
+
+
+def distill_alone(config: DistillConfig, pairs_folder: Path, run: Path, *, resume: bool, show_progress: bool) -> Path:
+    """`distill`, where no other run is at work."""
     folder = ModelFolder.open(config.teacher)
     pairs = Pairs(pairs_folder, teacher_hash=folder.teacher_hash())
     made_with, told = pairs.manifest.num_steps, config.pairs.num_steps
@@ -137,6 +152,12 @@ def distill(
         "initial": None if initial is None else initial.weights_hash("student"),
         "pairs": len(pairs),
     }
+    positives = None
+    if objective.adversarial.weight and objective.adversarial.images is not None:
+        images = LabelledImages.open(Path(objective.adversarial.images), teacher.num_classes)
+        identity["images"] = images.hash()
+        kept = run / "positives" / f"{identity['images']}-{identity['teacher']}"
+        positives = make_positives(teacher, images, kept, show_progress=show_progress)
     score = None
     if objective.score.weight:
         score = make_score_term(
@@ -144,21 +165,29 @@ def distill(
             seed=config.training.seed, identity=identity, resume=resume, show_progress=show_progress,
         )  # fmt: skip
     with fresh_weights(config.training.seed):
-        weighted = StudentObjective(student, objective, features=features, score=score)
+        weighted = StudentObjective(student, objective, features=features, score=score, positives=positives)
+    samples: Samples = pairs
+    if objective.uses_teacher_probabilities:
+        samples = ForcedPairs(pairs, teacher, precision=config.training.precision, cache_gib=objective.cache_gib)
+    preview = Preview(
+        student, teacher, run / "previews", recipe=pairs.manifest.recipe, num_steps=made_with,
+        seed=config.training.seed, guidance=None if score is None else score.guidance,
+    )  # fmt: skip
     ema = train(
         weighted,
-        pairs,
+        samples,
         config.training,
         run,
         identity=identity,
         resume=resume,
-        preview=lambda model, step: write_preview(model, teacher, run / "previews" / f"{step:07d}.png"),
+        preview=preview,
         show_progress=show_progress,
     )
     assert isinstance(ema, Student)
-    save_model(run / "model", model_config(folder, ema, config), {
-        "tokenizer": module(teacher.tokenizer), "teacher": module(teacher.backbone), "student": ema,
-    })  # fmt: skip
+    if PartialState().is_main_process:
+        save_model(run / "model", model_config(folder, ema, config), {
+            "tokenizer": module(teacher.tokenizer), "teacher": module(teacher.backbone), "student": ema,
+        })  # fmt: skip
     return run / "model"
 
 
@@ -172,14 +201,3 @@ def model_config(folder: ModelFolder, student: Student, config: DistillConfig) -
     backbone = as_dict(student.backbone.config)
     group = {"backbone": backbone, **student.options()}
     return {k: v for k, v in folder.config.items() if k != "format"} | {"student": group}
-
-
-@torch.no_grad()
-def write_preview(student: nn.Module, teacher: Teacher, path: Path, rows: int = 4) -> None:
-    """A grid of one-step samples: `rows` of each class, a column each."""
-    assert isinstance(student, Student)
-    pipe = DistilledPipeline(tokenizer=teacher.tokenizer, student=student)
-    labels = [i % pipe.num_classes for i in range(rows * min(pipe.num_classes, 16))]
-    output = pipe(labels, generator=sample_generators(0, range(len(labels))), output_type="np")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_aside(path, png(grid(np.asarray(output.images), columns=min(pipe.num_classes, 16), scale=2)))

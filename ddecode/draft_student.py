@@ -121,16 +121,19 @@ class DraftStudent(Student):
             nn.init.eye_(draft_map.weight)
 
     def stages(self, sequence_BLC: Tensor, labels_B: Tensor, start_B: Tensor, wanted: range) -> list[Tensor]:
-        """Logits fp32 [B,N,V]: of each draft, without the last AR step, which nothing reads; at last of the tokens
-        wanted, from the last block."""
-        backbone, read = self.backbone, self.length - self.backbone.steps[-1]
+        """Logits fp32 [B,N,V]: of each draft, without the last AR step that takes part, which nothing reads; at last of
+        the tokens wanted, from the last block."""
+        backbone = self.backbone
+        reach = self.reach(min(max(wanted.stop, backbone.steps[0] + 1), self.length))
+        read = max(begin for begin in (0, *self.known) if begin < reach)
         condition = backbone.condition(labels_B)
         sequence_BNC = sequence_BLC[:, :read]
         resolved_BN = torch.arange(read, device=start_B.device) < start_B[:, None]
         ids_BN = nearest_code(sequence_BNC, self.codebook_VC)
         whole = torch.cat([condition.prefix_BPD, self.inputs(sequence_BNC, ids_BN, resolved_BN, start_B)], 1)
-        first = whole.shape[1] - self.length  # where the first token is read off
-        hidden = whole[:, : first + read] if self.joins else whole
+        first = whole.shape[1] - reach  # where the first token is read off
+        joins = self.joins if reach == self.length else 0
+        hidden = whole[:, : first + read] if joins else whole
         logits, done = [], 0
         for after, draft_map in zip(self.drafts, self.draft_maps, strict=True):
             hidden = backbone.hidden(hidden, condition, blocks=range(done, after))
@@ -138,7 +141,7 @@ class DraftStudent(Student):
             with torch.no_grad():
                 drafted_BN = self.tokens(sequence_BNC, logits[-1], self.draft_steps)
                 ids_BN = torch.where(resolved_BN, ids_BN, drafted_BN)
-            if after == self.joins:
+            if after == joins:
                 hidden = torch.cat([hidden, whole[:, first + read :]], 1)
             known_BMD = backbone.token_inputs(ids_BN)
             fed_BMD = draft_map(known_BMD[:, : known_BMD.shape[1] - whole.shape[1] + hidden.shape[1]])
@@ -150,7 +153,7 @@ class DraftStudent(Student):
 
     def inputs(self, sequence_BNC: Tensor, ids_BN: Tensor, resolved_BN: Tensor, start_B: Tensor) -> Tensor:
         """What the teacher reads of the resolved tokens, the noise of the others, and which of the two, [B,M,D]."""
-        known_M = torch.tensor(self.known, device=start_B.device)
+        known_M = torch.tensor([k for k in self.known if k <= sequence_BNC.shape[1]], device=start_B.device)
         tokens_BMD, noise_BMC = self.backbone.mixed_inputs(ids_BN, resolved_BN, sequence_BNC)
         return tokens_BMD + self.noise_map(noise_BMC) + self.indicator((known_M <= start_B[:, None]).long())
 

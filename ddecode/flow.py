@@ -186,6 +186,57 @@ def solve(noise_RC: Tensor, log_p_RV: Tensor, codes_VC: Tensor, grid: FlowGrid) 
     return ids_R
 
 
+@torch.no_grad()
+def tokens_to_noise(
+    ids_BL: Tensor,
+    log_probs_BLV: Tensor,
+    codebook_VC: Tensor,
+    generator: torch.Generator,
+    *,
+    grid: FlowGrid,
+) -> Tensor:
+    """Draw noise that the map sends to given tokens: the inverse of `noise_to_tokens`.
+
+    A token's noise is not one point but a cell. Rows that end on code c stand, at the last s, at s c + eps with normal
+    eps, and the ODE runs backwards as well as forwards: so it carries that normal distribution to the one over the
+    cell. Tokens drawn from p get standard normal noise in this way, other noise at each call.
+
+    Args:
+        ids_BL: int64, each of finite log-probability.
+        log_probs_BLV, codebook_VC, grid: as for `noise_to_tokens`.
+        generator: of the CPU.
+
+    Returns:
+        fp32 [B,L,C]. `noise_to_tokens` sends nearly all rows back to their token, as many as its own number of
+        evaluations allows.
+    """
+    B, L = ids_BL.shape
+    V, C = codebook_VC.shape
+    codes = centred(codebook_VC)
+    eps_BLC = torch.randn(B, L, C, generator=generator).to(ids_BL.device)
+    z_RC = (eps_BLC + grid.s[-1] * codes[ids_BL]).view(-1, C)
+    log_p_RV = log_probs_BLV.reshape(-1, V)
+    rows = max(1, ROWS_TIMES_CODES // V)
+    with torch.autocast(ids_BL.device.type, enabled=False):
+        parts = zip(z_RC.split(rows), log_p_RV.split(rows), strict=True)
+        return torch.cat([run_back(z, Codes.shared(codes, log_p.float()), grid) for z, log_p in parts]).view(B, L, C)
+
+
+def run_back(z_RC: Tensor, codes: "Codes", grid: FlowGrid) -> Tensor:
+    """The ODE from the last s to 0, where z is the noise; one evaluation of D a step, as in `solve`."""
+    corrected_RC = z_RC
+    after_RC = codes.mean(codes.weights(z_RC, grid.s[-1]))
+    change_RC = torch.zeros_like(z_RC)
+    for k in reversed(range(grid.num_steps)):
+        length, bend = grid.step(k)
+        predicted_RC = corrected_RC - length * after_RC - (length - bend) * change_RC
+        drift_RC = codes.mean(codes.weights(predicted_RC, grid.s[k]))
+        change_RC = drift_RC - after_RC
+        corrected_RC = corrected_RC - length * after_RC - (length - bend) * change_RC
+        after_RC = drift_RC
+    return corrected_RC
+
+
 @dataclass(frozen=True, kw_only=True)
 class Codes:
     """The codes that take part: all of them, shared by the rows, or each row's own."""

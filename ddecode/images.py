@@ -1,16 +1,30 @@
-"""Images on disk: grids, folders, arrays.
+"""Images on disk: grids, folders of PNGs, arrays; sets of them are written and read a batch at a time.
 
-N images, H W height and width; everything uint8 [N,H,W,3].
+N images of a set, B of a batch, H W image height and width; images are uint8 [B,H,W,3].
 """
 
 import io
+import json
+import math
 import os
+import re
+import zipfile
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import IO, Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
-from ddecode.files import write_aside
+from ddecode.files import opened_aside, write_aside
+
+NAME = re.compile(r"(?P<index>\d{6,})-class(?P<label>\d+)\.png")
+"""Of image `index` of a set in a folder; see `image_name`."""
+NOTE = "ddecode"
+"""The PNG text chunk of `png`'s note."""
 
 
 def grid(images_NHW3: np.ndarray, columns: int | None = None, scale: int = 1) -> Image.Image:
@@ -26,14 +40,52 @@ def grid(images_NHW3: np.ndarray, columns: int | None = None, scale: int = 1) ->
     return picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
 
 
-def png(picture: Image.Image) -> bytes:
-    stream = io.BytesIO()
-    picture.save(stream, "png")
+def png(picture: Image.Image, note: Mapping[str, Any] | None = None) -> bytes:
+    """A PNG file, with a note that `read_note` finds."""
+    stream, texts = io.BytesIO(), PngImagePlugin.PngInfo()
+    if note is not None:
+        texts.add_text(NOTE, json.dumps(note))
+    picture.save(stream, "png", pnginfo=texts)
     return stream.getvalue()
 
 
+def read_note(path: Path) -> dict[str, Any] | None:
+    """The note of a PNG file; None if it has none.
+
+    Raises:
+        ValueError: it is no image.
+    """
+    with opened_image(path) as picture:
+        try:
+            return json.loads(picture.info[NOTE])
+        except (KeyError, json.JSONDecodeError):
+            return None
+
+
+def check_png(path: Path) -> None:
+    """
+    Raises:
+        ValueError: its checksums say that it is damaged.
+    """
+    with opened_image(path) as picture:
+        picture.verify()
+
+
+@contextmanager
+def opened_image(path: Path) -> Iterator[Image.Image]:
+    try:
+        with Image.open(path) as picture:
+            yield picture
+    except (OSError, SyntaxError):  # a wrong checksum is the latter
+        raise ValueError(f"{path} is no image, or damaged; delete it") from None
+
+
+def image_name(index: int, label: int) -> str:
+    return f"{index:06d}-class{label}.png"
+
+
 def check_out(out: Path) -> None:
-    """Refuse a path that `save_images` cannot write.
+    """Refuse a path where images cannot be written.
 
     Raises:
         ValueError: its suffix is neither .png, .npz nor absent, or a file is in the way.
@@ -49,17 +101,137 @@ def check_out(out: Path) -> None:
         raise ValueError(f"--out {out}: cannot write in {existing}")
 
 
-def save_images(images_NHW3: np.ndarray, labels_N: np.ndarray, out: Path) -> None:
-    """`.png` a grid, `.npz` the arrays `arr_0` and `labels`, no suffix a folder with one PNG each."""
-    check_out(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    if out.suffix == ".png":
-        write_aside(out, png(grid(images_NHW3, scale=max(1, 96 // images_NHW3.shape[1]))))
-    elif out.suffix == ".npz":
-        stream = io.BytesIO()
-        np.savez(stream, arr_0=images_NHW3, labels=labels_N)
-        write_aside(out, stream.getvalue())
-    else:
-        out.mkdir(exist_ok=True)
-        for i, (image, label) in enumerate(zip(images_NHW3, labels_N, strict=True)):
-            write_aside(out / f"{i:06d}-class{label}.png", png(Image.fromarray(image)))
+def write_grid(path: Path, images: Iterable[np.ndarray], labels_N: np.ndarray) -> None:
+    """One PNG of all images, small ones enlarged; labels do not show."""
+    images_NHW3 = np.concatenate(list(images))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_aside(path, png(grid(images_NHW3, scale=max(1, 96 // images_NHW3.shape[1]))))
+
+
+def write_npz(path: Path, images: Iterable[np.ndarray], labels_N: np.ndarray) -> None:
+    """The arrays that guided-diffusion's sampler writes and its evaluator reads.
+
+    Args:
+        path: its folder is made if missing.
+        images: batches, uint8 [B,H,W,3]; together `arr_0`, uint8 [N,H,W,3].
+        labels_N: int64; `arr_1`, as upstream, and once more under the name `labels`.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with opened_aside(path) as stream, zipfile.ZipFile(stream, "w") as archive:
+        with archive.open("arr_0.npy", "w", force_zip64=True) as entry:
+            for i, images_BHW3 in enumerate(images):
+                if i == 0:
+                    shape = (len(labels_N), *images_BHW3.shape[1:])
+                    header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+                    np.lib.format.write_array_header_1_0(entry, header)
+                entry.write(images_BHW3.tobytes())
+        for name in ("arr_1", "labels"):
+            with archive.open(f"{name}.npy", "w") as entry:
+                np.lib.format.write_array(entry, np.asarray(labels_N, np.int64))
+
+
+# --- reading --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageSet:
+    """A folder of PNGs, in the order of their names, or an `.npz`."""
+
+    path: Path
+    num: int
+    labels_N: np.ndarray | None
+    """int64, where names or arrays tell them."""
+    note: dict[str, Any] | None
+    """What `ddecode sample` says of them."""
+
+    @classmethod
+    def open(cls, path: Path) -> "ImageSet":
+        """
+        Raises:
+            ValueError: there are no images, or they are damaged or incomplete.
+        """
+        if path.suffix == ".npz":
+            with opened_array(path) as (_, shape):
+                return cls(path=path, num=shape[0], labels_N=npz_labels(path), note=None)
+        names = [file.name for file in pngs(path)]
+        if not names:
+            raise ValueError(f"{path} holds no images: expected an .npz with arr_0, or a folder of PNGs")
+        known = [match for name in names if (match := NAME.fullmatch(name))]
+        note = read_note(path / names[0]) if len(known) == len(names) else None
+        if note is not None and int(known[-1]["index"]) != len(names) - 1:
+            raise ValueError(f"{path} lacks images before {names[-1]}: run the ddecode sample that made them again")
+        labels_N = np.array([int(match["label"]) for match in known]) if len(known) == len(names) else None
+        return cls(path=path, num=len(names), labels_N=labels_N, note=note)
+
+    def batches(self, num: int, batch: int) -> Iterator[np.ndarray]:
+        """The first `num` images, uint8 [B,H,W,3].
+
+        Raises:
+            ValueError: one is damaged, or not of the others' size.
+        """
+        if self.path.suffix == ".npz":
+            return array_batches(self.path, num, batch)
+        return png_batches(pngs(self.path)[:num], batch)
+
+
+def is_image_set(path: Path) -> bool:
+    """Whether a path is an `.npz`, or a folder of PNGs and no model."""
+    if path.is_dir():
+        return not (path / "config.json").exists() and bool(pngs(path))
+    return path.suffix == ".npz"
+
+
+def pngs(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.png"))
+
+
+def png_batches(paths: list[Path], batch: int) -> Iterator[np.ndarray]:
+    shape = None
+    for first in range(0, len(paths), batch):
+        images = []
+        for path in paths[first : first + batch]:
+            with opened_image(path) as picture:
+                images.append(np.asarray(picture.convert("RGB")))
+            shape = shape or images[0].shape
+            if images[-1].shape != shape:
+                raise ValueError(f"{path} is {images[-1].shape[:2]} pixels large, those before it {shape[:2]}")
+        yield np.stack(images)
+
+
+@contextmanager
+def opened_array(path: Path) -> Iterator[tuple[IO[bytes], tuple[int, ...]]]:
+    """The bytes of an `.npz`'s `arr_0`, and its shape [N,H,W,3].
+
+    Raises:
+        ValueError: there is no such file, it is damaged or holds other arrays.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as entry:
+            version = np.lib.format.read_magic(entry)
+            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            shape, is_fortran, dtype = read(entry)
+            if is_fortran or dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or not shape[0]:
+                raise ValueError(f"arr_0 of {path} must be uint8 [N,H,W,3], got {dtype} {list(shape)}")
+            yield entry, shape
+    except FileNotFoundError:
+        raise ValueError(f"there is no file {path}") from None
+    except KeyError:
+        raise ValueError(f"{path} holds no images: it lacks arr_0") from None
+    except (zipfile.BadZipFile, zlib.error, EOFError):
+        raise ValueError(f"{path} is damaged") from None
+
+
+def array_batches(path: Path, num: int, batch: int) -> Iterator[np.ndarray]:
+    with opened_array(path) as (entry, (total, *size)):
+        for first in range(0, min(num, total), batch):
+            shape = (min(batch, num - first, total - first), *size)
+            data = bytearray(entry.read(math.prod(shape)))  # which torch, unlike bytes, may share
+            if len(data) < math.prod(shape):
+                raise EOFError
+            yield np.frombuffer(data, np.uint8).reshape(shape)
+
+
+def npz_labels(path: Path) -> np.ndarray | None:
+    with np.load(path) as arrays:
+        name = next((name for name in ("labels", "arr_1") if name in arrays.files), None)
+        return None if name is None else arrays[name].astype(np.int64).ravel()

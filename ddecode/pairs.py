@@ -3,7 +3,7 @@
 A folder of pairs holds `manifest.json` (what they are made with) and `shard-00000.safetensors`, ... of `shard_size`
 samples each. A shard keeps the seed of each sample's noise instead of the noise, its tokens and its label, and a
 checksum of those. A shard appears under its name only when it is whole, and depends on the manifest alone: stopping
-and going on gives the same bytes.
+and going on gives the same bytes. One run at a time works in a folder.
 
 N samples of a shard, L token positions, C code width.
 """
@@ -12,7 +12,7 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -20,13 +20,16 @@ from safetensors.torch import save
 from torch import Tensor
 from tqdm import tqdm
 
-from ddecode.config import PairsConfig, as_dict
+from ddecode.config import PairsConfig, as_dict, build
 from ddecode.files import write_aside
+from ddecode.locks import held
 from ddecode.randomness import sample_seed
-from ddecode.teacher import Teacher
+from ddecode.teacher import Recipe, Teacher
 from ddecode.trajectory import resolve
 
 TOKEN_DTYPE = torch.int32
+DTYPES = {"ids": TOKEN_DTYPE, "labels": TOKEN_DTYPE, "seeds": torch.int64}
+"""What a shard holds."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,8 +94,8 @@ def read_manifest(folder: Path) -> Manifest:
     if not path.is_file():
         raise ValueError(f"{folder} holds no pairs (no manifest.json); make some with ddecode pairs")
     try:
-        return Manifest(**json.loads(path.read_text()))
-    except (json.JSONDecodeError, TypeError, UnicodeDecodeError):
+        return build(Manifest, json.loads(path.read_text()), "manifest")
+    except ValueError:
         raise ValueError(f"{path} is damaged; delete the folder and make the pairs again") from None
 
 
@@ -116,41 +119,61 @@ def write_pairs(
         The number of pairs made.
 
     Raises:
-        ValueError: the folder holds pairs of another manifest, or a damaged shard.
+        ValueError: the folder holds pairs of another manifest or a damaged shard, or another run is at work in it.
+        OSError: the disk is full, say. What is there is whole then.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    if (folder / "manifest.json").exists():
-        present = read_manifest(folder)
-        if present.identity() != manifest.identity():
-            ours, theirs = manifest.identity(), present.identity()
-            keys = ", ".join(f"{k} ({theirs[k]!r}, not {ours[k]!r})" for k in ours if ours[k] != theirs[k])
-            raise ValueError(f"{folder} holds pairs made with another {keys}; choose another --out")
-        if manifest.num < present.num:
-            raise ValueError(f"{folder} holds {present.num} pairs already; --num may only grow, got {manifest.num}")
-    if rank == 0:
-        write_aside(folder / "manifest.json", (json.dumps(as_dict(manifest), indent=2) + "\n").encode())
-    todo = [s for s in range(rank, manifest.shards, world) if not is_complete(folder, manifest, s)]
-    total = sum(len(manifest.shard_range(s)) for s in todo)
-    with tqdm(total=total, unit="img", disable=not (show_progress and rank == 0), desc="pairs") as bar:
-        for shard in todo:
-            write_aside(shard_path(folder, shard), make_shard(teacher, manifest, shard, bar))
+    with held(folder, leader=rank == 0):
+        check_manifest(folder, manifest)
+        if rank == 0:
+            write_aside(folder / "manifest.json", (json.dumps(as_dict(manifest), indent=2) + "\n").encode())
+        todo = [s for s in range(rank, manifest.shards, world) if not is_complete(folder, manifest, s)]
+        total = sum(len(manifest.shard_range(s)) for s in todo)
+        with tqdm(total=total, unit="img", disable=not (show_progress and rank == 0), desc="pairs") as bar:
+            for shard in todo:
+                write_aside(shard_path(folder, shard), make_shard(teacher, manifest, shard, bar))
     return total
+
+
+def check_manifest(folder: Path, manifest: Manifest) -> None:
+    """
+    Raises:
+        ValueError: the folder holds pairs of another manifest, or more of them.
+    """
+    if not (folder / "manifest.json").exists():
+        return
+    present = read_manifest(folder)
+    if present.identity() != manifest.identity():
+        ours, theirs = manifest.identity(), present.identity()
+        keys = ", ".join(f"{k} ({theirs[k]!r}, not {ours[k]!r})" for k in ours if ours[k] != theirs[k])
+        raise ValueError(f"{folder} holds pairs made with another {keys}; choose another --out")
+    if manifest.num < present.num:
+        raise ValueError(f"{folder} holds {present.num} pairs already; --num may only grow, got {manifest.num}")
 
 
 def is_complete(folder: Path, manifest: Manifest, shard: int) -> bool:
     """Whether a shard is there with all its samples; a shard that was the short last one is made again.
 
     Raises:
-        ValueError: it is damaged, or made with another seed (its manifest was lost).
+        ValueError: it is damaged, or another one.
+    """
+    if not shard_path(folder, shard).exists():
+        return False
+    return len(manifest_shard(folder, manifest, shard)["seeds"]) == len(manifest.shard_range(shard))
+
+
+def manifest_shard(folder: Path, manifest: Manifest, shard: int) -> dict[str, Tensor]:
+    """`read_shard`, with the samples that the manifest has there, or the first of them.
+
+    Raises:
+        ValueError: it is missing, damaged, or of another manifest: that was lost, or shards were swapped.
     """
     path = shard_path(folder, shard)
-    if not path.exists():
-        return False
-    seeds = read_shard(path)["seeds"].tolist()
-    expected = [sample_seed(manifest.seed, i) for i in manifest.shard_range(shard)]
-    if seeds[: len(expected)] != expected[: len(seeds)]:
-        raise ValueError(f"{path} holds pairs made with another seed; choose another --out")
-    return len(seeds) == len(expected)
+    tensors = read_shard(path)
+    seeds = tensors["seeds"].tolist()
+    expected = [sample_seed(manifest.seed, i) for i in manifest.shard_range(shard)[: len(seeds)]]
+    if seeds[: len(expected)] != expected or tensors["ids"].shape[1] != manifest.length:
+        raise ValueError(f"pair shard {path} is none of the manifest's; delete it and run ddecode pairs again")
+    return tensors
 
 
 def make_shard(teacher: Teacher, manifest: Manifest, shard: int, bar: Any) -> bytes:
@@ -209,9 +232,17 @@ def read_shard(path: Path) -> dict[str, Tensor]:
             expected = (file.metadata() or {}).get("checksum")
     except SafetensorError as error:
         raise ValueError(f"pair shard {path} is damaged ({error}); delete it and run ddecode pairs again") from None
-    if expected != checksum(tensors):
+    if not has_layout(tensors) or expected != checksum(tensors):
         raise ValueError(f"pair shard {path} is damaged (its checksum is off); delete it and run ddecode pairs again")
     return tensors
+
+
+def has_layout(tensors: dict[str, Tensor]) -> bool:
+    """Whether names, dtypes and shapes are a shard's: the checksum is of the values alone."""
+    if {name: t.dtype for name, t in tensors.items()} != DTYPES:
+        return False
+    samples = tensors["seeds"].shape
+    return tensors["labels"].shape == samples == tensors["ids"].shape[:1] and tensors["ids"].dim() == 2
 
 
 class Pairs:
@@ -233,7 +264,7 @@ class Pairs:
             )
         shards = []
         for shard in range(manifest.shards):
-            tensors = read_shard(shard_path(folder, shard))
+            tensors = manifest_shard(folder, manifest, shard)
             expected = len(manifest.shard_range(shard))
             if len(tensors["ids"]) != expected:
                 raise ValueError(f"pair shard {shard_path(folder, shard)} is incomplete; run ddecode pairs again")
@@ -249,3 +280,47 @@ class Pairs:
         """noise fp32 [B,L,C], ids int64 [B,L], labels int64 [B]."""
         noise = noise_of(self.seeds_N[indices].tolist(), (self.manifest.length, self.manifest.code_width))
         return noise, self.ids_NL[indices].long(), self.labels_N[indices].long()
+
+
+class ForcedPairs:
+    """Pairs with their teacher's probabilities along the tokens, as a training set.
+
+    The token of a pair is one draw from what its teacher knew at that position; here is all of it, from one pass over
+    the finished sequence.
+
+    Args:
+        pairs: made by this teacher.
+        teacher: frozen.
+        precision: of the pass; "bf16" is autocast.
+        cache_gib: memory in which probabilities may be kept for the epochs to come; those of further samples are
+            computed anew each time.
+    """
+
+    def __init__(
+        self, pairs: Pairs, teacher: Teacher, *, precision: Literal["no", "bf16"] = "no", cache_gib: float = 0.0
+    ) -> None:
+        self.pairs, self.teacher, self.precision = pairs, teacher, precision
+        self.recipe = Recipe(**pairs.manifest.recipe)
+        bytes_each = 2 * teacher.length * len(teacher.codebook_VC)
+        kept = min(len(pairs), int(cache_gib * 2**30) // bytes_each)
+        self.cache_NLV = torch.empty(kept, teacher.length, len(teacher.codebook_VC), dtype=torch.float16)
+        self.cached_N = torch.zeros(len(pairs), dtype=torch.bool)
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def batch(self, indices: list[int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """noise fp32 [B,L,C], ids int64 [B,L], labels int64 [B], log-probabilities fp16 [B,L,V] under the pairs'
+        recipe, -inf for excluded codes."""
+        noise_BLC, ids_BL, labels_B = self.pairs.batch(indices)
+        index_B = torch.tensor(indices)
+        if len(self.cache_NLV) and bool(self.cached_N[index_B].all()):
+            return noise_BLC, ids_BL, labels_B, self.cache_NLV[index_B]
+        device = self.teacher.device
+        with torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+            log_probs_BLV = self.teacher.log_probs(ids_BL.to(device), labels_B.to(device), self.recipe)
+        log_probs_BLV = log_probs_BLV.to(torch.float16)
+        fits_B = index_B < len(self.cache_NLV)
+        self.cache_NLV[index_B[fits_B]] = log_probs_BLV.cpu()[fits_B]
+        self.cached_N[index_B[fits_B]] = True
+        return noise_BLC, ids_BL, labels_B, log_probs_BLV

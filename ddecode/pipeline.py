@@ -3,19 +3,25 @@
 B batch, L token positions, C code width, H W image height and width.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from tempfile import TemporaryDirectory
+from typing import Any, Literal, Unpack
 
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
+from tqdm.auto import tqdm
 
-from ddecode.checkpoint import ModelFolder
+from ddecode.callback import CALLBACK_TENSORS, StepCallback, call_back, check_tensors
+from ddecode.card import Card, write_card
+from ddecode.checkpoint import HubAccess, ModelFolder, UploadOptions, family_of, save_model, upload
 from ddecode.plan import Plan, parse_plan, student_plan
-from ddecode.sampling import Model, Progress, Skip, check_models, execute
+from ddecode.precision import autocast, cast, check_device, check_dtype, network
+from ddecode.sampling import AfterPass, Model, Progress, Skip, check_models, execute, passes
 from ddecode.student import Student
 from ddecode.teacher import Recipe, Teacher, batch_size, check_labels, draw_noise, per_sample_generators
 from ddecode.types import Generators, Labels, Tokenizer
@@ -23,6 +29,8 @@ from ddecode.types import Generators, Labels, Tokenizer
 OutputType = Literal["pil", "np", "pt", "latent"]
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 Steps = int | Literal["teacher"]
+ROUNDING = "clamp to [-1,1], round((x+1)*127.5) to 8 bits"
+"""What `to_uint8` does, as torchvision's `save_image`, DD1 and LlamaGen do: nearest. guided-diffusion truncates."""
 OWN_NAMES = ("student", "teacher", "skip")
 """What plans call a pipeline's own models, and the control."""
 
@@ -45,6 +53,7 @@ class DistilledPipeline:
         others: further models of the same tokens by the names that plans give them, such as a small teacher.
         recipe: guidance and filtering of teacher spans; None takes the teacher's own.
         class_names: for people.
+        notes: what else its `config.json` says, for `save_pretrained`.
     """
 
     def __init__(
@@ -56,6 +65,7 @@ class DistilledPipeline:
         others: Mapping[str, Model] | None = None,
         recipe: Recipe | None = None,
         class_names: tuple[str, ...] = (),
+        notes: Mapping[str, Any] | None = None,
     ) -> None:
         if student is None and teacher is None:
             raise ValueError("a pipeline needs a student or a teacher")
@@ -68,23 +78,163 @@ class DistilledPipeline:
         self.others = dict(others or {})
         self.recipe = recipe or (teacher.recipe if teacher is not None else Recipe())
         self.class_names = class_names
+        self.notes = dict(notes or {})
+        self._bar_options: dict[str, Any] = {}
 
     @classmethod
-    def from_pretrained(cls, model: str | Path, *, others: Mapping[str, Model] | None = None) -> "DistilledPipeline":
-        """Load a bundled name, a directory or a hub id; `others` join the models it holds.
+    def from_pretrained(
+        cls,
+        model: str | Path,
+        *,
+        others: Mapping[str, Model] | None = None,
+        revision: str | None = None,
+        cache_dir: str | Path | None = None,
+        token: str | bool | None = None,
+        local_files_only: bool = False,
+    ) -> "DistilledPipeline":
+        """Load a model, in fp32 on the CPU.
+
+        Args:
+            model: a bundled name, a directory or a hub id.
+            others: join the models it holds.
+            revision, cache_dir, token, local_files_only: of the hub, see `HubAccess`; the first two kinds need none.
 
         Raises:
             ValueError: there is no such model, or it is damaged.
         """
-        folder = ModelFolder.open(model)
+        access = HubAccess(revision=revision, cache_dir=cache_dir, token=token, local_files_only=local_files_only)
+        folder = ModelFolder.open(model, access)
         tokenizer = folder.tokenizer()
         return cls(
             tokenizer=tokenizer,
             student=folder.student(tokenizer) if folder.has("student") else None,
             teacher=folder.teacher(tokenizer) if folder.has("teacher") else None,
-            others=folder.others() | dict(others or {}),
+            others=folder.others(access) | dict(others or {}),
             class_names=tuple(folder.config.get("class_names", ())),
+            notes={key: folder.config[key] for key in ("features", "others") if key in folder.config},
         )
+
+    def save_pretrained(
+        self,
+        folder: str | Path,
+        *,
+        dtype: torch.dtype | None = None,
+        card: Card | None = None,
+        push_to_hub: bool = False,
+        repo_id: str | None = None,
+        **options: Unpack[UploadOptions],
+    ) -> Path:
+        """Write a model folder that `from_pretrained` reads, with this pipeline's recipe. Of `others` it names those
+        that the model came with; what `ddecode convert` kept for the way back is left out.
+
+        Args:
+            folder: made if missing.
+            dtype: of floating weights on disk: fp32, bf16 or fp16; None is what each has in memory.
+            card: with it, a README.md for the hub is written as well.
+            push_to_hub: upload the folder then; needs a card.
+            repo_id: where to; None is the folder's name.
+            options: see `ddecode.checkpoint.upload`.
+
+        Raises:
+            ValueError: the models are of no family with a loader, options contradict, or the hub refuses.
+        """
+        folder = Path(folder)
+        if not push_to_hub and (repo_id or options):
+            raise ValueError(f"{', '.join(['repo_id'] * bool(repo_id) + [*options])}: give push_to_hub=True as well")
+        if push_to_hub and card is None:
+            raise ValueError("push_to_hub needs a card: card=Card(license=..., teacher=..., teacher_license=...)")
+        if folder.exists() and not folder.is_dir():
+            raise ValueError(f"{folder} is a file; a model is a folder")
+        if dtype is not None:
+            check_dtype(dtype)
+        modules: dict[str, Any] = {"tokenizer": self.tokenizer}
+        config = {"family": family_of(self.any_model.backbone), **self.notes, "class_names": self.class_names}
+        config["tokenizer"] = modules["tokenizer"].config
+        if self.teacher is not None:
+            modules["teacher"] = self.teacher.backbone
+            config["teacher"] = {"backbone": modules["teacher"].config, "recipe": self.recipe}
+        if self.student is not None:
+            modules["student"] = self.student
+            config["student"] = {"backbone": modules["student"].backbone.config, **self.student.options()}
+        save_model(folder, config, modules, dtype=dtype)
+        if card is not None:
+            write_card(folder, card, model=repo_id or folder.name)
+        if push_to_hub:
+            upload(folder, repo_id or folder.name, **options)
+        return folder
+
+    def push_to_hub(
+        self, repo_id: str, *, card: Card, dtype: torch.dtype | None = None, **options: Unpack[UploadOptions]
+    ) -> str:
+        """Upload the models with their card; returns the address of the commit.
+
+        Args:
+            repo_id: `owner/name`, made if there is none.
+            card, dtype: see `save_pretrained`.
+            options: see `ddecode.checkpoint.upload`.
+
+        Raises:
+            ValueError: see `save_pretrained`.
+        """
+        with TemporaryDirectory() as temporary:
+            folder = self.save_pretrained(Path(temporary) / "model", dtype=dtype)
+            write_card(folder, card, model=repo_id)
+            return upload(folder, repo_id, **options)
+
+    def to(
+        self,
+        *places: torch.device | torch.dtype | str,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> "DistilledPipeline":
+        """Move all models, cast their networks, or both; returns itself.
+
+        Half precision is that of the networks' parameters and, by autocast, of all passes and of decoding. Tokenizer,
+        codebook, noise, probabilities and the noise-to-token map stay fp32. A network that is then called by itself
+        needs an autocast around it.
+
+        Args:
+            places: a device, a dtype, or both in either order.
+            device, dtype: the same by name; fp32, bf16 or fp16.
+
+        Raises:
+            ValueError: more than one of either, a device that is not there, or another dtype.
+        """
+        devices = [p for p in (*places, device) if p is not None and not isinstance(p, torch.dtype)]
+        dtypes = [p for p in (*places, dtype) if isinstance(p, torch.dtype)]
+        if len(devices) > 1 or len(dtypes) > 1:
+            raise ValueError(f"give one device and one dtype, got {', '.join(map(str, [*devices, *dtypes]))}")
+        for place in devices:
+            check_device(place)
+        for kind in dtypes:
+            check_dtype(kind)
+        for part in (self.tokenizer, *self.models.values()):
+            if devices and isinstance(part, nn.Module | Teacher):
+                part.to(devices[0])
+            if dtypes and isinstance(part, Student | Teacher):
+                cast(part, dtypes[0])
+        return self
+
+    @property
+    def device(self) -> torch.device:
+        return self.any_model.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the networks' parameters."""
+        return next(network(self.any_model).parameters()).dtype
+
+    def precision(self) -> AbstractContextManager[Any]:
+        """What passes and decoding run under."""
+        return autocast(self.device, self.dtype)
+
+    def set_progress_bar_config(self, **options: Any) -> None:
+        """Options of the `tqdm` bar that a call shows over its passes, such as `disable=True`."""
+        self._bar_options = options
+
+    def progress_bar(self, total: int) -> "tqdm[Any]":
+        """A bar as configured; one or two passes are over before a bar is read, so those have none unless asked for."""
+        return tqdm(**{"total": total, "disable": total <= 2} | self._bar_options)
 
     @property
     def models(self) -> Mapping[str, Model]:
@@ -139,6 +289,8 @@ class DistilledPipeline:
         plan: str | Plan | None = None,
         generator: Generators = None,
         output_type: OutputType = "pil",
+        callback_on_step_end: StepCallback | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = CALLBACK_TENSORS,
     ) -> PipelineOutput:
         """Sample one image for each label.
 
@@ -149,35 +301,62 @@ class DistilledPipeline:
             generator: one `torch.Generator`, a list of B, or None for torch's global one. Sample i's noise is
                 `torch.randn(L, C, generator=g_i)`; with one generator it is drawn sample by sample.
             output_type: see `PipelineOutput`.
+            callback_on_step_end: called after each pass of a student and each AR step of a teacher with this
+                pipeline, the pass's index, the number of tokens resolved and a dict of tensors. Those it changes in
+                place or returns are what later passes read; a teacher reads changed tokens as their nearest codes, and
+                within its span only those of the step just made.
+            callback_on_step_end_tensor_inputs: names of the tensors in that dict: embeddings_BLC, fp32, zero from the
+                resolved tokens on in a first pass.
 
         Raises:
-            ValueError: a label, step count, plan or output type that this model does not know.
+            ValueError: a label, step count, plan, output type or tensor that this model does not know.
         """
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}")
-        progress = self.emit(class_labels, self.plan(num_inference_steps, plan), generator)
+        offered = tuple(callback_on_step_end_tensor_inputs)
+        check_tensors(offered)
+        chosen, models = self.plan(num_inference_steps, plan), self.models
+        with self.progress_bar(sum(passes(models[span.who], span) for span in chosen.spans)) as bar:
+
+            def after_pass(progress: Progress) -> None:
+                if callback_on_step_end is not None:
+                    call_back(callback_on_step_end, self, progress, offered)
+                bar.update()
+
+            unwatched = callback_on_step_end is None and bar.disable
+            progress = self.emit(class_labels, chosen, generator, None if unwatched else after_pass)
         if output_type == "latent":
             images: Any = progress.embeddings_BLC
         else:
-            images = to_output(self.tokenizer.decode(progress.embeddings_BLC), output_type)
+            images = to_output(self.decode(progress.embeddings_BLC), output_type)
         return PipelineOutput(images=images, network_evaluations=progress.network_evaluations)
 
-    def emit(self, class_labels: Labels, plan: Plan, generator: Generators = None) -> Progress:
-        """Run a plan up to the token embeddings."""
+    def emit(
+        self, class_labels: Labels, plan: Plan, generator: Generators = None, after_pass: AfterPass | None = None
+    ) -> Progress:
+        """Run a plan up to the token embeddings, without a bar; see `ddecode.sampling.execute`."""
         code_width, device = self.any_model.codebook_VC.shape[1], self.any_model.device
         labels = check_labels(class_labels, None, self.num_classes, device)
         batch = batch_size(labels)
         noise_BLC = draw_noise(generator, batch, (self.length, code_width))
         generators = per_sample_generators(generator, batch)
         uniforms_BL = torch.stack([torch.rand(self.length, generator=g) for g in generators])
-        return execute(
-            plan,
-            self.models,
-            noise_BLC=noise_BLC.to(device),
-            uniforms_BL=uniforms_BL.to(device),
-            labels=labels,
-            recipe=self.recipe,
-        )
+        with self.precision():
+            return execute(
+                plan,
+                self.models,
+                noise_BLC=noise_BLC.to(device),
+                uniforms_BL=uniforms_BL.to(device),
+                labels=labels,
+                recipe=self.recipe,
+                after_pass=after_pass,
+            )
+
+    @torch.no_grad()
+    def decode(self, embeddings_BLC: Tensor) -> Tensor:
+        """Embeddings [B,L,C] to decoder output fp32 [B,3,H,W], nominally in [-1,1]."""
+        with self.precision():
+            return self.tokenizer.decode(embeddings_BLC)
 
 
 def same_codes(first_VC: Tensor, second_VC: Tensor) -> bool:

@@ -3,8 +3,8 @@
 B batch, L token positions, C code width.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from ddecode.codebook import nearest_code
 from ddecode.plan import Plan, Span, check_plan
 from ddecode.student import Student
-from ddecode.teacher import Recipe, Teacher, inverse_cdf
+from ddecode.teacher import Pick, Recipe, Teacher, inverse_cdf
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,11 +29,15 @@ Model = Teacher | Student | Skip
 
 @dataclass(kw_only=True)
 class Progress:
-    """A sequence on its way: the first `resolved` positions of `embeddings_BLC` are emitted, the rest is unset."""
+    """A sequence on its way: the first `resolved` positions of `embeddings_BLC` are emitted, the rest is zero."""
 
     embeddings_BLC: Tensor
     resolved: int = 0
     network_evaluations: int = field(default=0)
+
+
+AfterPass = Callable[[Progress], None]
+"""Told of every pass of a network; it may change the embeddings, see `execute`."""
 
 
 @torch.no_grad()
@@ -45,6 +49,7 @@ def execute(
     uniforms_BL: Tensor,
     labels: Any,
     recipe: Recipe,
+    after_pass: AfterPass | None = None,
 ) -> Progress:
     """Run every span of a plan.
 
@@ -55,23 +60,37 @@ def execute(
         uniforms_BL: fp32 in [0, 1); a teacher's span draws its tokens with them.
         labels: checked class labels [B].
         recipe: guidance and filtering of teacher spans.
+        after_pass: called after every pass of a student and every AR step of a teacher. What it makes of the
+            embeddings is what later passes read; a teacher's span is past all but the tokens of its last step.
 
     Raises:
         ValueError: see `check_models`.
     """
     check_models(plan, models)
-    progress = Progress(embeddings_BLC=torch.empty_like(noise_BLC))
-    for span in plan.spans:
-        model = models[span.who]
+    progress = Progress(embeddings_BLC=torch.zeros_like(noise_BLC))
+    for span in plan.spans if after_pass is not None else without_repeats(plan, models):
+        model, before = models[span.who], progress.network_evaluations
         if isinstance(model, Skip):
             progress.embeddings_BLC[:, span.start : span.stop] = 0
         elif isinstance(model, Student):
             emit_with_student(model, span, progress, noise_BLC, labels)
         else:
-            emit_with_teacher(model, span, progress, uniforms_BL, labels, recipe)
+            emit_with_teacher(model, span, progress, uniforms_BL, labels, recipe, after_pass)
         progress.resolved = span.stop
-        progress.network_evaluations += passes(model, span)
+        progress.network_evaluations = before + passes(model, span)
+        if isinstance(model, Student) and after_pass is not None:
+            after_pass(progress)
     return progress
+
+
+def without_repeats(plan: Plan, models: Mapping[str, Model]) -> list[Span]:
+    """The spans, a student's without what later spans emit again: unless someone watches, it would be for nothing."""
+    spans = []
+    for i, span in enumerate(plan.spans):
+        stop = min([span.stop, *(later.start for later in plan.spans[i + 1 :])])
+        cut = isinstance(models[span.who], Student) and span.start < stop
+        spans.append(replace(span, stop=stop) if cut else span)
+    return spans
 
 
 def check_models(plan: Plan, models: Mapping[str, Model]) -> None:
@@ -108,9 +127,36 @@ def emit_with_student(student: Student, span: Span, progress: Progress, noise_BL
 
 
 def emit_with_teacher(
-    teacher: Teacher, span: Span, progress: Progress, uniforms_BL: Tensor, labels: Any, recipe: Recipe
+    teacher: Teacher,
+    span: Span,
+    progress: Progress,
+    uniforms_BL: Tensor,
+    labels: Any,
+    recipe: Recipe,
+    after_pass: AfterPass | None = None,
 ) -> None:
     """AR steps after the kept tokens; continuous vectors among those count as their nearest codes."""
     kept = nearest_code(progress.embeddings_BLC[:, : span.start], teacher.codebook_VC)
-    ids = teacher.walk(labels, inverse_cdf(uniforms_BL), recipe, resolved_BN=kept, stop=span.stop)
+    pick = inverse_cdf(uniforms_BL)
+    if after_pass is not None:
+        pick = told(pick, teacher.codebook_VC, progress, after_pass)
+    ids = teacher.walk(labels, pick, recipe, resolved_BN=kept, stop=span.stop)
     progress.embeddings_BLC[:, : span.stop] = F.embedding(ids, teacher.codebook_VC).to(progress.embeddings_BLC.dtype)
+
+
+def told(pick: Pick, codebook_VC: Tensor, progress: Progress, after_pass: AfterPass) -> Pick:
+    """A `pick` that tells of every AR step; embeddings that change there count as their nearest codes."""
+
+    def pick_and_tell(log_probs_BNV: Tensor, start: int) -> Tensor:
+        ids_BN = pick(log_probs_BNV, start)
+        stop = start + ids_BN.shape[1]
+        codes_BNC = F.embedding(ids_BN, codebook_VC).to(progress.embeddings_BLC.dtype)
+        progress.embeddings_BLC[:, start:stop] = codes_BNC
+        progress.resolved = stop
+        progress.network_evaluations += 1
+        after_pass(progress)
+        now_BNC = progress.embeddings_BLC[:, start:stop]
+        changed_BN = (now_BNC != codes_BNC).any(-1)
+        return torch.where(changed_BN, nearest_code(now_BNC, codebook_VC), ids_BN)
+
+    return pick_and_tell

@@ -6,6 +6,7 @@ B batch, L token positions, P condition positions, V codes, C code width, D mode
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -86,7 +87,12 @@ class Student(nn.Module, ABC):
 
     @abstractmethod
     def emit(self, sequence_BLC: Tensor, labels_B: Tensor, start: int, stop: int) -> Tensor:
-        """What sampling keeps of one pass, [B,stop-start,C], without gradients."""
+        """What sampling keeps of one pass, [B,stop-start,C], without gradients. Positions that no kept one reads are
+        left out of the pass, so that a first pass of which little is kept costs little."""
+
+    def reach(self, stop: int) -> int:
+        """The end of the AR step of token `stop - 1`: no token before it reads anything behind it."""
+        return next(end for end in accumulate(self.backbone.steps) if end >= stop)
 
     @torch.no_grad()
     def predict(self, sequence_BLC: Tensor, class_labels: Labels, start: int | Tensor = 0) -> Prediction:
@@ -170,11 +176,13 @@ class DD1Student(Student):
         )
 
     def hidden(self, sequence_BLC: Tensor, labels_B: Tensor, start_B: Tensor) -> tuple[Tensor, Condition]:
-        """Hidden states [B,L,D] at the tokens' own positions, and what the labels became."""
+        """Hidden states [B,N,D] at the tokens' own positions, and what the labels became. The sequence may end behind
+        any AR step."""
         condition = self.backbone.condition(labels_B)
         prefix = condition.prefix_BPD.shape[1]
         inputs = torch.cat([condition.prefix_BPD, self.backbone.vector_inputs(sequence_BLC)], 1)
-        resolved_BN = (torch.arange(-prefix, self.length, device=inputs.device) < start_B[:, None]).long()
+        positions_N = torch.arange(-prefix, sequence_BLC.shape[1], device=inputs.device)
+        resolved_BN = (positions_N < start_B[:, None]).long()
         inputs = inputs + self.indicator(resolved_BN)
         if not len(self.indicator_maps):
             return self.backbone.hidden(inputs, condition)[:, prefix:], condition
@@ -201,7 +209,7 @@ class DD1Student(Student):
     def emit(self, sequence_BLC: Tensor, labels_B: Tensor, start: int, stop: int) -> Tensor:
         """Argmax codes before `split`, the continuous head after; each head only where it is taken from."""
         start_B = torch.full((len(sequence_BLC),), start, device=self.device)
-        hidden_BLD, condition = self.hidden(sequence_BLC, labels_B, start_B)
+        hidden_BLD, condition = self.hidden(sequence_BLC[:, : self.reach(stop)], labels_B, start_B)
         border = min(max(self.split, start), stop)
         parts = []
         if start < border:

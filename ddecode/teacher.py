@@ -15,6 +15,8 @@ from ddecode.types import Backbone, Condition, Generators, Labels, Tokenizer
 
 Pick = Callable[[Tensor, int], Tensor]
 """Filtered log-probabilities fp32 [B,N,V] of positions from `start` on, to ids int64 [B,N]."""
+Read = Callable[[Tensor, int, int], Tensor]
+"""Hidden states [.,N,D] of one AR step's tokens, the step and its first position, to ids int64 [B,N]."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -244,41 +246,24 @@ class Teacher:
         Returns:
             ids int64 [B,stop], the resolved ones included.
         """
-        backbone, batch = self.backbone, batch_size(labels)
+        backbone = self.backbone
         begin = 0 if resolved_BN is None else resolved_BN.shape[1]
         first, last = self.step_at(begin), self.step_at(self.length if stop is None else stop)
         weights = [backbone.guidance_weight(recipe.guidance_scale, k) for k in range(len(self.steps))]
-        guided = any(w > 0 for w in weights)
-        copies = 2 if guided else 1
-
         condition = backbone.condition(labels)
-        if guided:
+        if guided := any(w > 0 for w in weights):
             condition = Condition.joined(condition, backbone.condition(backbone.unconditional(labels)))
-        cache = backbone.new_cache(copies * batch)
 
-        ids = torch.empty(batch, sum(self.steps[:last]), dtype=torch.int64, device=self.device)
-        inputs, done, seen = condition.prefix_BPD, 0, 0
-        if resolved_BN is not None and begin:
-            ids[:, :begin] = resolved_BN
-            done = begin
-            known = backbone.token_inputs(ids[:, :done])
-            seen = known.shape[1]
-            inputs = torch.cat([inputs, known.repeat(copies, 1, 1)], 1)
-        for step in range(first, last):
-            count = self.steps[step]
-            hidden = backbone.hidden(inputs, condition, cache=cache)
-            logits = backbone.logits(hidden[:, -count:], condition)
+        def read(hidden_BND: Tensor, step: int, start: int) -> Tensor:
+            logits = backbone.logits(hidden_BND, condition)
             if guided:
                 cond, uncond = logits.chunk(2)
                 logits = torch.lerp(uncond, cond, 1.0 + weights[step])
             log_probs = filter_log_probs(logits, temperature=temperature, top_k=recipe.top_k, top_p=recipe.top_p)
-            ids[:, done : done + count] = pick(log_probs, done)
-            done += count
-            if step + 1 < last:
-                known = backbone.token_inputs(ids[:, :done], seen)
-                seen += known.shape[1]
-                inputs = known.repeat(copies, 1, 1)
-        return ids
+            return pick(log_probs, start)
+
+        steps, copies = range(first, last), 2 if guided else 1
+        return unroll(backbone, condition, read, steps=steps, copies=copies, resolved_BN=resolved_BN)
 
     def step_at(self, position: int) -> int:
         """The AR step that begins at a token position; L gives the number of steps.
@@ -292,6 +277,49 @@ class Teacher:
         if position not in boundaries:
             raise ValueError(f"{position} is no step boundary of this teacher; those are {boundaries}")
         return boundaries.index(position)
+
+
+@torch.no_grad()
+def unroll(
+    backbone: Backbone,
+    condition: Condition,
+    read: Read,
+    *,
+    steps: range | None = None,
+    copies: int = 1,
+    resolved_BN: Tensor | None = None,
+) -> Tensor:
+    """The AR loop, whatever reads tokens off the hidden states.
+
+    Args:
+        condition: of B samples, or of `copies` batches of B one after the other, which read the same tokens.
+        read: see `Read`.
+        steps: the AR steps to go through; None is all.
+        resolved_BN: ids of the tokens before them; None is none.
+
+    Returns:
+        ids int64 [B,N] up to the last of these steps, the resolved ones included.
+    """
+    steps = range(len(backbone.steps)) if steps is None else steps
+    inputs, batch = condition.prefix_BPD, len(condition.prefix_BPD) // copies
+    cache = backbone.new_cache(len(inputs))
+    ids_BN = torch.empty(batch, sum(backbone.steps[: steps.stop]), dtype=torch.int64, device=inputs.device)
+    done, seen = 0, 0
+    if resolved_BN is not None and (done := resolved_BN.shape[1]):
+        ids_BN[:, :done] = resolved_BN
+        known = backbone.token_inputs(ids_BN[:, :done])
+        seen = known.shape[1]
+        inputs = torch.cat([inputs, known.repeat(copies, 1, 1)], 1)
+    for step in steps:
+        count = backbone.steps[step]
+        hidden = backbone.hidden(inputs, condition, cache=cache)
+        ids_BN[:, done : done + count] = read(hidden[:, -count:], step, done)
+        done += count
+        if step + 1 < steps.stop:
+            known = backbone.token_inputs(ids_BN[:, :done], seen)
+            seen += known.shape[1]
+            inputs = known.repeat(copies, 1, 1)
+    return ids_BN
 
 
 def forced_hidden(backbone: Backbone, ids_BL: Tensor, condition: Condition) -> Tensor:

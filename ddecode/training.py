@@ -5,26 +5,23 @@ that was stopped and resumed equals one that was not.
 """
 
 import copy
-import json
 import math
-import os
-import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from ddecode.config import TrainingConfig
 from ddecode.randomness import derived_seed
+from ddecode.run_folder import Checkpoint, Log
 
-Preview = Callable[[nn.Module, int], None]
-"""Called with the EMA model and the step, to write pictures."""
+Preview = Callable[[nn.Module, int], Mapping[str, float]]
+"""Called with the EMA model and the step, to write pictures; what it measures joins the log."""
 
 
 class Samples(Protocol):
@@ -86,60 +83,6 @@ def update_average(average: nn.Module, model: nn.Module, step: int, decay: float
         ours[name].lerp_(parameter.detach().to(ours[name].dtype), weight)
 
 
-class Checkpoint:
-    """The state of a run on disk: `RUN/checkpoint`, replaced as a whole.
-
-    `model.safetensors`, `ema.safetensors` and, where there are any, `critics.safetensors` hold weights, `optimizer.pt`
-    Adam's moments, `state.json` the step and the config it belongs to.
-    """
-
-    def __init__(self, run: Path) -> None:
-        self.folder = run / "checkpoint"
-
-    def exists(self) -> bool:
-        return (self.folder / "state.json").is_file()
-
-    def save(self, step: int, identity: dict[str, Any], networks: dict[str, nn.Module], optimizer: Any) -> None:
-        """Write all; `networks` by the names of their files."""
-        aside = self.folder.with_name("checkpoint.new")
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-        for name, module in networks.items():
-            state = {k: v.detach().cpu().contiguous() for k, v in module.state_dict().items()}
-            save_file(state, aside / f"{name}.safetensors")
-        torch.save(optimizer.state_dict(), aside / "optimizer.pt")
-        (aside / "state.json").write_text(json.dumps({"step": step, "identity": identity}, indent=2))
-        for path in aside.iterdir():
-            with path.open("rb") as stream:
-                os.fsync(stream.fileno())
-        old = self.folder.with_name("checkpoint.old")
-        shutil.rmtree(old, ignore_errors=True)
-        if self.folder.exists():
-            self.folder.rename(old)
-        aside.rename(self.folder)
-        shutil.rmtree(old, ignore_errors=True)
-
-    def restore(self) -> None:
-        """Put back the previous checkpoint where a kill fell between the two renames of `save`."""
-        old = self.folder.with_name("checkpoint.old")
-        if not self.folder.exists() and old.exists():
-            old.rename(self.folder)
-
-    def load(self, identity: dict[str, Any], networks: dict[str, nn.Module], optimizer: Any) -> int:
-        """Fill all in place. Returns the number of steps done.
-
-        Raises:
-            ValueError: the run was made with another config.
-        """
-        state = json.loads((self.folder / "state.json").read_text())
-        if state["identity"] != json.loads(json.dumps(identity)):
-            raise ValueError(f"{self.folder.parent} was begun with another config; choose another --out")
-        for name, module in networks.items():
-            module.load_state_dict(load_file(self.folder / f"{name}.safetensors"))
-        optimizer.load_state_dict(torch.load(self.folder / "optimizer.pt", weights_only=True))
-        return state["step"]
-
-
 def train(
     objective: Objective,
     samples: Samples,
@@ -157,23 +100,27 @@ def train(
         objective: see `Objective`.
         samples: the training set.
         config: length, batch, optimiser.
-        run: folder for `log.jsonl` and `checkpoint/`.
+        run: folder for `log.jsonl`, `checkpoint/` and `checkpoint.old/`; see `ddecode.run_folder`.
         identity: what the run is made of; a resumed run must have the same.
         resume: go on from the checkpoint in `run`.
         preview: called every `config.preview_every` steps.
         show_progress: draw a progress bar.
 
     Raises:
-        ValueError: `run` holds a checkpoint and `resume` is off, or it belongs to another config.
+        ValueError: `run` holds a checkpoint and `resume` is off, or it belongs to another config or is damaged.
         FloatingPointError: the loss is no longer finite.
+        OSError: the disk is full, say. The last checkpoint is whole then.
     """
     # terms that begin late, or are off, leave parameters without a gradient
     unused = DistributedDataParallelKwargs(find_unused_parameters=True)
     accelerator = Accelerator(kwargs_handlers=[unused])
     if config.batch % accelerator.num_processes:
         raise ValueError(f"training.batch {config.batch} does not divide over {accelerator.num_processes} processes")
+    main = accelerator.is_main_process
     checkpoint = Checkpoint(run)
-    checkpoint.restore()
+    if main:
+        checkpoint.restore()
+    accelerator.wait_for_everyone()
     if checkpoint.exists() and not resume:
         raise ValueError(f"{run} holds a run already; add --resume to go on with it, or choose another --out")
     run.mkdir(parents=True, exist_ok=True)
@@ -188,7 +135,6 @@ def train(
     if config.compile:
         compile_blocks(model)
     wrapped, optimizer = accelerator.prepare(objective, optimizer)
-    main = accelerator.is_main_process
     log = Log(run / "log.jsonl", begin) if main else None
     clock = time.monotonic()
     with tqdm(total=config.steps, initial=begin, unit="step", disable=not (show_progress and main)) as bar:
@@ -206,16 +152,19 @@ def train(
                 value = accelerator.gather(loss.detach()[None]).mean().item()
                 if not math.isfinite(value):
                     raise FloatingPointError(f"the loss is {value} at step {done}; lower training.lr and --resume")
+            # pictures and log first: what a checkpoint says is done will not be done again
+            row: dict[str, Any] = {}
+            if main and preview and config.preview_every and done % config.preview_every == 0:
+                row |= preview(ema, done)
             if logs:
                 bar.set_postfix(loss=f"{value:.3f}")
-                if log is not None:
-                    row = {"step": done, "loss": value} | {name: plain(metric) for name, metric in metrics.items()}
-                    row |= {"grad_norm": norm, "lr": learning_rate(config, step), "seconds": time.monotonic() - clock}
-                    log.write(row)
-            if main and saves:
+                row = {"loss": value} | {name: plain(metric) for name, metric in metrics.items()} | row
+                row |= {"grad_norm": norm, "lr": learning_rate(config, step), "seconds": time.monotonic() - clock}
+            if log is not None and row:
+                log.write({"step": done} | row)
+            if log is not None and saves:
+                log.sync()
                 checkpoint.save(done, identity, networks, optimizer)
-            if main and preview and config.preview_every and done % config.preview_every == 0:
-                preview(ema, done)
     accelerator.wait_for_everyone()
     return ema
 
@@ -252,8 +201,8 @@ def optimise(
 
 
 def plain(metric: Tensor) -> float | list[float]:
-    """A metric for JSON."""
-    return float(metric) if metric.dim() == 0 else [float(value) for value in metric]
+    """A metric for JSON; vectors, which may be long, to four digits."""
+    return float(metric) if metric.dim() == 0 else [float(f"{value:.4g}") for value in metric.tolist()]
 
 
 def compile_blocks(model: nn.Module) -> None:
@@ -277,19 +226,3 @@ def parameter_groups(objective: Objective, config: TrainingConfig) -> list[dict[
         rate = objective.critic_lr[name]
         groups.append({"params": list(critic.parameters()), "weight_decay": 0.0, "critic": True, "peak_lr": rate})
     return groups
-
-
-class Log:
-    """One JSON object a line; lines from beyond the step a run resumes at are dropped first."""
-
-    def __init__(self, path: Path, begin: int) -> None:
-        kept = []
-        if path.exists():
-            rows = [line for line in path.read_text().splitlines() if line.endswith("}")]
-            kept = [line for line in rows if json.loads(line)["step"] <= begin]
-        path.write_text("".join(line + "\n" for line in kept))
-        self.stream = path.open("a")
-
-    def write(self, row: dict[str, float]) -> None:
-        self.stream.write(json.dumps(row) + "\n")
-        self.stream.flush()

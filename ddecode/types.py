@@ -116,7 +116,8 @@ class Backbone(Protocol):
         positions sees of the others' noise, [B,M,C], before any learned map. Only drafting students need it."""
 
     def vector_inputs(self, sequence_BLC: Tensor) -> Tensor:
-        """Input vectors [B,L,D] of a student's sequence of codes and noise; only students have it."""
+        """Input vectors [B,N,D] of a student's sequence of codes and noise, whole or its first AR steps; only students
+        have it."""
 
     def student_state(self, teacher: Any, codebook_VC: Tensor) -> dict[str, Tensor]:
         """The state that a student of this shape begins with, made of a teacher's backbone; only students have it.

@@ -1,10 +1,12 @@
 """Fixtures that several files share; no test reaches the network."""
 
 import socket
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tiny import make_pipeline, make_scale_teacher, make_student, make_teacher, save_tiny
 
 from ddecode.pipeline import DistilledPipeline
@@ -49,3 +51,16 @@ def pipe() -> DistilledPipeline:
 def model(pipe: DistilledPipeline, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`pipe` as a folder. Shared: do not change it."""
     return save_tiny(tmp_path_factory.mktemp("models") / "tiny", pipe)
+
+
+@pytest.fixture(scope="session")
+def torchvision_loads() -> Iterator[None]:
+    """torch-fidelity imports it. One built for CUDA does not load beside a torch for CPUs, for want of two operators
+    that nothing here calls."""
+    operators = torch.library.Library("torchvision", "DEF")
+    try:
+        import torchvision  # noqa: F401
+    except RuntimeError:
+        for name in ("nms", "qnms"):
+            operators.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    yield

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from ddecode.config import AdversarialConfig, ObjectiveConfig
 from ddecode.evaluation.features import FeatureMaps, FeatureNetwork
 from ddecode.objectives.adversarial import Discriminator, adversarial_losses
+from ddecode.objectives.positives import Positives
 from ddecode.objectives.student import StudentObjective
 from ddecode.teacher import Teacher
 
@@ -49,7 +50,7 @@ def test_the_losses_are_the_hinge() -> None:
     assert student_loss.item() == pytest.approx(-says[0].mean().item(), abs=0.05)
     hinge = (1 - says[1]).clamp(min=0).mean() + (1 + says[0]).clamp(min=0).mean()
     assert critic_loss.item() == pytest.approx(hinge.item(), abs=0.1)
-    assert metrics["verdict_teacher"].item() == pytest.approx(says[1].mean().item(), abs=0.05)
+    assert metrics["verdict_positive"].item() == pytest.approx(says[1].mean().item(), abs=0.05)
 
 
 def test_points_move_onto_the_distribution_of_their_class() -> None:
@@ -85,8 +86,39 @@ def test_the_objective_trains_it_as_a_critic(teacher: Teacher) -> None:
     _, before = objective(noise, ids, LABELS, generator=seeded(2), progress=0.4)
     assert "verdict_student" not in before
     loss, metrics = objective(noise, ids, LABELS, generator=seeded(2), progress=0.5)
-    assert {"verdict_teacher", "verdict_student"} <= set(metrics)
+    assert {"verdict_positive", "verdict_student"} <= set(metrics)
     loss.backward()
     assert sum(p.grad.abs().sum() for p in objective.critics.parameters()) > 0
     assert student.backbone.output.weight.grad.abs().max() > 0
     assert all(p.grad is None for p in features.parameters())
+
+
+def test_real_images_take_the_place_of_the_teachers(teacher: Teacher, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The discriminator sees them decoded from their tokens, of the batch's classes; the other terms do not."""
+    features = FeatureNetwork(widths=(4, 8), blocks=1, num_classes=4)
+    scramble(features, 7)
+    config = ObjectiveConfig(energy=1.0, adversarial=AdversarialConfig(weight=1.0, width=8), image_batch=6)
+    real_NL = torch.randint(V, (10, L), generator=seeded(4), dtype=torch.int32)
+    positives = Positives(real_NL, torch.tensor([3, 5, 1, 1]))
+    noise, ids = torch.randn(8, L, C, generator=seeded(0)), torch.randint(V, (8, L), generator=seeded(1))
+    seen: dict[bool, list[Tensor]] = {True: [], False: []}
+    metrics = {}
+    for real in (False, True):
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            objective = StudentObjective(
+                make_student(teacher, starts=(0,)), config, features=features.eval(),
+                positives=positives if real else None,
+            )  # fmt: skip
+        look = objective.look
+        monkeypatch.setattr(objective, "look", lambda codes, r=real, f=look: (seen[r].append(codes), f(codes))[1])
+        metrics[real] = objective(noise, ids, LABELS, generator=seeded(2))[1]
+    assert [len(seen[real]) for real in (False, True)] == [2, 3]
+    for ours, theirs in zip(seen[False], seen[True], strict=False):
+        assert torch.equal(ours, theirs)
+    drawn = (seen[True][2][:, None] == teacher.codebook_VC[real_NL.long()][None]).all(-1).all(-1)
+    assert (drawn.sum(1) == 1).all()
+    assert all((0 if i < 3 else 1) == label for i, label in zip(drawn.float().argmax(1), LABELS[:6], strict=True))
+    assert metrics[True]["energy"] == metrics[False]["energy"]
+    assert metrics[True]["verdict_student"] == metrics[False]["verdict_student"]
+    assert metrics[True]["verdict_positive"] != metrics[False]["verdict_positive"]

@@ -61,7 +61,7 @@ def test_sample_writes_a_grid(model: Path, tmp_path: Path, capsys: Capture) -> N
 def test_sample_writes_arrays(model: Path, tmp_path: Path) -> None:
     assert run("sample", model, "--num", 6, "--seed", 4, "--steps", 2, "--out", tmp_path / "x.npz") == 0
     arrays = np.load(tmp_path / "x.npz")
-    assert sorted(arrays.files) == ["arr_0", "labels"]
+    assert sorted(arrays.files) == ["arr_0", "arr_1", "labels"]
     assert arrays["arr_0"].dtype == np.uint8 and arrays["arr_0"].shape == (6, 8, 8, 3)
     assert arrays["labels"].tolist() == [0, 1, 2, 3, 0, 1], "balanced without --classes"
     pipe = DistilledPipeline.from_pretrained(model)
@@ -298,7 +298,7 @@ def test_sample_refuses_an_out_it_cannot_write(
     def never(*args: Any, **options: Any) -> None:
         raise AssertionError("refused only after the work")
 
-    monkeypatch.setattr(DistilledPipeline, "__call__", never)
+    monkeypatch.setattr(DistilledPipeline, "emit", never)
     assert out.split("/")[0] in refused(capsys, "sample", model, "--out", tmp_path / out)
     assert sorted(tmp_path.rglob("*")) == before and (tmp_path / "file").read_text() == "mine"
 
@@ -327,7 +327,7 @@ def test_eval_refuses(model: Path, tmp_path: Path, capsys: Capture) -> None:
     assert "at least 8" in refused(capsys, "eval", model, "--num", 7, "--json", tmp_path / "a" / "x.json")
     assert "got 'x'" in refused(capsys, "eval", model, "--steps", "x")
     assert "1 to 2 steps" in refused(capsys, "eval", model, "--steps", "5")
-    assert "zoo" in refused(capsys, "eval", model, "--protocol", "adm")
+    assert "--inception" in refused(capsys, "eval", model, "--protocol", "adm")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -428,7 +428,7 @@ def test_a_full_disk_leaves_no_torn_file(
 
     monkeypatch.setattr("os.fsync", full)
     assert run("sample", model, "--num", 1, "--out", tmp_path / "x.png") == 2
-    assert capsys.readouterr().err.splitlines()[-1].endswith("No space left on device")
+    assert f"No space left on device: '{tmp_path}/x.png'; make room and run it again" in capsys.readouterr().err
     assert run("pairs", "--config", recipe, "--out", tmp_path / "pairs") == 2
     assert list(tree_of(tmp_path)) == ["recipe.yaml"]
 

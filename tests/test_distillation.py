@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
+from safetensors.torch import save_file
 from tiny import (
     distill_recipe,
     make_draft_student,
@@ -13,6 +15,9 @@ from tiny import (
     make_student,
     make_teacher,
     save_tiny,
+    scramble,
+    seeded,
+    tree_of,
     write_yaml,
 )
 from torch import nn
@@ -21,6 +26,8 @@ from ddecode import distillation
 from ddecode.checkpoint import ModelFolder
 from ddecode.config import DistillConfig, read_config
 from ddecode.distillation import distill
+from ddecode.evaluation.features import FeatureNetwork
+from ddecode.objectives import positives
 from ddecode.objectives.score import ScoreTerm
 from ddecode.objectives.student import StudentObjective
 from ddecode.pairs import make_manifest, write_pairs
@@ -152,3 +159,84 @@ def test_a_drafting_student_needs_pairs_of_its_own_map(model: Path, pairs: Path,
     with pytest.raises(ValueError, match=r"made with 8 evaluations .* set it to 8"):
         distill(config, pairs, tmp_path / "run", show_progress=False)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    """Of four classes, beside a feature network small enough for the tiny model's images."""
+    network = FeatureNetwork(widths=(4, 8), blocks=1, num_classes=4)
+    scramble(network, 7)
+    (tmp_path / "features").mkdir()
+    save_file(network.state_dict(), tmp_path / "features" / "model.safetensors")
+    write_yaml(tmp_path / "features" / "config.json", {"widths": [4, 8], "blocks": 1, "num_classes": 4})
+    folder = tmp_path / "images"
+    for label in range(4):
+        (folder / f"class{label}").mkdir(parents=True)
+        for i in range(1 + label):
+            pixels = torch.randint(256, (12, 10, 3), dtype=torch.uint8, generator=seeded(10 * label + i))
+            Image.fromarray(pixels.numpy()).save(folder / f"class{label}" / f"{i}.png")
+    return folder
+
+
+def adversarial_recipe(model: Path, tmp_path: Path, images: Path | None) -> DistillConfig:
+    term = f"objective.adversarial={{weight: 1.0, width: 8, images: {images or 'null'}}}"
+    return recipe_of(model, tmp_path, term, f"objective.features={tmp_path / 'features'}", "student.split=16")
+
+
+def test_real_positives_are_encoded_once_and_a_stopped_run_goes_on(
+    model: Path, pairs: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = adversarial_recipe(model, tmp_path, images)
+    distill(config, pairs, tmp_path / "whole", show_progress=False)
+    assert all("verdict_positive" in row for row in rows_of(tmp_path / "whole"))
+    distill(adversarial_recipe(model, tmp_path, None), pairs, tmp_path / "free", show_progress=False)
+    first = [rows_of(tmp_path / run)[0] for run in ("whole", "free")]
+    assert first[0]["verdict_student"] == first[1]["verdict_student"]
+    assert first[0]["verdict_positive"] != first[1]["verdict_positive"]
+
+    forward, calls = StudentObjective.forward, []
+
+    def killed(self: Any, *args: Any, **options: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return forward(self, *args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StudentObjective, "forward", killed)
+        with pytest.raises(KeyboardInterrupt):
+            distill(config, pairs, tmp_path / "parts", show_progress=False)
+    tokens = tree_of(tmp_path / "parts" / "positives")
+    assert tokens == tree_of(tmp_path / "whole" / "positives") and len(tokens) == 1
+    monkeypatch.setattr(positives, "read_image", None)  # everything is encoded
+    distill(config, pairs, tmp_path / "parts", resume=True, show_progress=False)
+    assert rows_of(tmp_path / "parts") == rows_of(tmp_path / "whole")
+
+
+def test_other_images_are_another_run(model: Path, pairs: Path, images: Path, tmp_path: Path) -> None:
+    config = adversarial_recipe(model, tmp_path, images)
+    distill(config, pairs, tmp_path / "run", show_progress=False)
+    (images / "class3" / "3.png").unlink()
+    with pytest.raises(ValueError, match="begun with another config"):
+        distill(config, pairs, tmp_path / "run", resume=True, show_progress=False)
+
+
+def test_images_that_do_not_fit_are_refused_before_anything_is_written(
+    model: Path, pairs: Path, tmp_path: Path
+) -> None:
+    config = recipe_of(model, tmp_path, f"objective.adversarial={{weight: 1.0, images: {tmp_path}}}")
+    with pytest.raises(ValueError, match="but the teacher knows 4 classes"):
+        distill(config, pairs, tmp_path / "run", show_progress=False)
+    assert not (tmp_path / "run").exists()
+
+
+def test_previews_join_the_log_whether_or_not_it_is_their_turn(model: Path, pairs: Path, tmp_path: Path) -> None:
+    for every, expected in ((3, [3, 6]), (0, [])):
+        run = tmp_path / f"every{every}"
+        config = recipe_of(model, tmp_path, f"training.preview_every={every}", "training.log_every=2")
+        distill(config, pairs, run, show_progress=False)
+        rows = rows_of(run)
+        assert [row["step"] for row in rows] == sorted({2, 4, 6, *expected})
+        assert [row["step"] for row in rows if "heldout_ema" in row] == expected
+        assert ["loss" in row for row in rows] == [row["step"] % 2 == 0 for row in rows]
+        assert sorted(path.name for path in run.glob("previews/*")) == [f"{step:07d}.png" for step in expected]

@@ -12,7 +12,8 @@ from tiny import C, L, seeded
 from ddecode.checkpoint import zoo_folder
 from ddecode.evaluation.features import FeatureNetwork, load_features, perceptual_distance
 from ddecode.evaluation.metrics import Gaussian, control_share, fit_gaussian, frechet_distance, intra_class_variance
-from ddecode.evaluation.zoo import Judge, as_json, evaluate, permute_within_class, table
+from ddecode.evaluation.results import as_json
+from ddecode.evaluation.zoo import Judge, evaluate, permute_within_class, table
 from ddecode.pipeline import DistilledPipeline
 
 
@@ -149,6 +150,7 @@ def test_the_protocol_measures_teacher_control_and_plans(pipe: DistilledPipeline
 
     facts = json.loads(as_json(results[0]))
     assert (facts["protocol"], facts["num"], facts["seed"], facts["model"]) == ("zoo", 48, 3, "tiny")
+    assert facts["labels"] == "balanced, 12 of each of 4 classes" and facts["reference_hash"] == judge.hash
     assert facts["feature_hash"] == judge.hash and len(facts["rows"]) == 4
     assert len(table(results[0]).splitlines()) == 2 + 4
 

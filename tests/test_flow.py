@@ -7,11 +7,11 @@ import math
 
 import pytest
 import torch
-from scipy.stats import binom, chisquare, norm
+from scipy.stats import binom, chisquare, kstest, norm
 from torch import Tensor
 
 from ddecode import flow
-from ddecode.flow import Codes, FlowGrid, centred, flow_grid, noise_to_tokens
+from ddecode.flow import Codes, FlowGrid, centred, flow_grid, noise_to_tokens, tokens_to_noise
 
 SETTINGS = (8, 16, 32, 64)
 FALSE_ALARM = 1e-5
@@ -331,3 +331,51 @@ def test_wrong_input_is_refused() -> None:
         noise_to_tokens(noise, log_p, codes, 0)
     with pytest.raises(ValueError, match="codebook"):
         flow_grid(torch.empty(0, 4), 16)
+
+
+@pytest.mark.parametrize("peak", [0.5, 3.0])
+def test_noise_of_a_token_is_sent_back_to_it(peak: float) -> None:
+    codes = unit_codes(64, 8)
+    log_p = random_log_p(4000, 64, peak)
+    ids = torch.multinomial(log_p.exp(), 1, generator=generator(5))
+    fine = flow_grid(codes, 64)
+    noise = tokens_to_noise(ids, log_p[:, None], codes, generator(6), grid=fine)
+    back = noise_to_tokens(noise, log_p[:, None], codes, grid=fine)
+    assert (back == ids).float().mean() > 0.985
+    other = tokens_to_noise(ids, log_p[:, None], codes, generator(7), grid=fine)
+    assert (other - noise).square().mean() > 0.1, "the same noise at each call"
+
+
+@pytest.mark.parametrize("num_steps", [16, 32])
+def test_noise_of_drawn_tokens_is_standard_normal_and_independent_of_p(num_steps: int) -> None:
+    codes = clustered_codes(8, 4, 3, 0.2)
+    log_p = random_log_p(20000, 32, 2.0)
+    ids = torch.multinomial(log_p.exp(), 1, generator=generator(5))
+    noise = tokens_to_noise(ids, log_p[:, None], codes, generator(6), grid=flow_grid(codes, num_steps))[:, 0]
+    direction = torch.randn(3, generator=generator(8))
+    along = noise @ (direction / direction.norm())
+    for values in (*noise.T, along):
+        assert kstest(values[:4000].numpy(), norm.cdf).pvalue > FALSE_ALARM
+    assert noise.square().sum(-1).mean().item() == pytest.approx(3, abs=0.1)
+    expected = log_p.exp() @ codes  # what the teacher expected must say nothing about the noise
+    assert torch.corrcoef(torch.cat([noise.T, expected.T]))[:3, 3:].abs().max() < 5 / 20000**0.5
+
+
+def test_noise_of_a_token_in_one_dimension_fills_its_quantiles() -> None:
+    codes = torch.tensor([[-1.0], [0.5], [2.0]])
+    p = torch.tensor([0.3, 0.5, 0.2])
+    ids = torch.full((5000, 1), 1)
+    log_p = p.log().expand(5000, 1, 3)
+    noise = tokens_to_noise(ids, log_p, codes, generator(9), grid=flow_grid(codes, 64)).flatten().numpy()
+    low, high = norm.ppf(0.3), norm.ppf(0.8)
+    assert ((noise > low - 0.02) & (noise < high + 0.02)).mean() > 0.99
+    assert kstest(norm.cdf(noise), "uniform", args=(0.3, 0.5)).pvalue > FALSE_ALARM
+
+
+def test_noise_of_a_token_reaches_around_excluded_codes() -> None:
+    codes = unit_codes(16, 4)
+    log_p = random_log_p(50, 16, 1.0)
+    log_p[:, 8:] = -math.inf
+    ids = torch.multinomial(log_p.exp(), 1, generator=generator(5))
+    noise = tokens_to_noise(ids, log_p[:, None], codes, generator(6), grid=flow_grid(codes, 16))
+    assert bool(noise.isfinite().all())

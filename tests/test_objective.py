@@ -4,14 +4,15 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import C, L, V, make_student, scramble, seeded
+from tiny import C, L, V, make_draft_student, make_student, make_var_teacher, scramble, seeded
 from torch import Tensor
 from torch.nn import functional as F
 
 from ddecode.config import ObjectiveConfig
 from ddecode.evaluation.features import FeatureNetwork, perceptual_distance
+from ddecode.flow import noise_to_tokens
 from ddecode.objectives.energy import energy_distance, standardise
-from ddecode.objectives.student import StudentObjective
+from ddecode.objectives.student import StudentObjective, by_step
 from ddecode.student import Student
 from ddecode.teacher import Teacher
 
@@ -86,7 +87,7 @@ def test_the_own_prefix_is_what_sampling_in_two_steps_keeps(
     objective = StudentObjective(student, config, features=features)
     decoded = []
     look = objective.look
-    monkeypatch.setattr(objective, "look", lambda e, codes: (decoded.append(e), look(e, codes))[1])
+    monkeypatch.setattr(objective, "look", lambda codes: (decoded.append(codes), look(codes))[1])
     loss_of(objective)
     first = student.emit(NOISE, LABELS, 0, L)
     second = student.emit(torch.cat([first[:, :4], NOISE[:, 4:]], 1), LABELS, 4, L)
@@ -219,3 +220,67 @@ def test_standardise_measures_in_spreads_of_the_second() -> None:
     ours, theirs = standardise(draw(50, 0) * 10, draw(50, 1) * torch.tensor([1.0, 10, 100, 1000, 1e4]))
     torch.testing.assert_close(theirs.std(0) * 5**0.5, torch.ones(5), atol=2e-3, rtol=0)
     assert ours[:, 4].abs().max() < 0.1
+
+
+def test_probabilities_as_targets_are_the_mean_over_tokens(teacher: Teacher) -> None:
+    student = make_draft_student(teacher)
+    log_probs = torch.randn(8, L, V, generator=seeded(4)).mul(2).log_softmax(-1)
+    objective = StudentObjective(student, ObjectiveConfig(targets="probabilities", drafts=0.0))
+    loss, metrics = objective(NOISE, IDS, LABELS, log_probs, generator=seeded(0))
+    hard = StudentObjective(student, ObjectiveConfig(drafts=0.0))
+    draws = []
+    for seed in range(200):
+        ids = torch.distributions.Categorical(logits=log_probs).sample() if seed else IDS
+        starts_from_tokens = torch.where(torch.arange(L) < 4, IDS, ids)  # what a start keeps must stay the same
+        draws.append(hard(NOISE, starts_from_tokens, LABELS, generator=seeded(0))[0].item())
+    assert loss.item() == pytest.approx(sum(draws[1:]) / 199, rel=0.02)
+    assert 0 < metrics["divergence"].item() < loss.item()
+
+
+def test_the_divergence_vanishes_at_the_teacher(teacher: Teacher) -> None:
+    student = make_draft_student(teacher)
+    start_B = torch.zeros(8, dtype=torch.long)
+    objective = StudentObjective(student, ObjectiveConfig(targets="probabilities", drafts=0.0))
+    objective.starts = torch.zeros(1, dtype=torch.long)
+    own = student(NOISE, LABELS, start_B).logits_BLV.log_softmax(-1).detach()
+    loss, metrics = objective(NOISE, IDS, LABELS, own, generator=seeded(0))
+    loss.backward()
+    assert metrics["divergence"].item() == pytest.approx(0, abs=1e-5)
+    assert max(p.grad.abs().max().item() for p in student.parameters() if p.grad is not None) < 1e-6
+
+
+def test_fresh_noise_goes_with_the_tokens_and_never_repeats(teacher: Teacher) -> None:
+    student = make_student(teacher, starts=(0,))
+    seen: list[Tensor] = []
+    student.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    log_probs = torch.randn(8, L, V, generator=seeded(4)).log_softmax(-1)
+    objective = StudentObjective(student, ObjectiveConfig(fresh_noise=True))
+    for seed in (0, 0, 1):
+        objective(NOISE, IDS, LABELS, log_probs, generator=seeded(seed))
+    assert torch.equal(seen[0], seen[1])
+    assert not torch.equal(seen[0], seen[2])
+    back = noise_to_tokens(seen[0], log_probs, student.codebook_VC, 32)
+    assert (back == IDS).float().mean() > 0.9
+
+
+def test_the_cross_entropy_by_step_is_its_mean_over_what_counts() -> None:
+    teacher = make_var_teacher()
+    student, steps = make_draft_student(teacher, starts=(0, 5)), teacher.steps
+    noise = torch.randn(8, sum(steps), C, generator=seeded(0))
+    ids = torch.randint(V, (8, sum(steps)), generator=seeded(1))
+    objective = StudentObjective(student, ObjectiveConfig())
+    _, metrics = objective(noise, ids, LABELS, generator=seeded(2))
+    start = torch.tensor([0, 5])[torch.randint(2, (8,), generator=seeded(2))]
+    sequence = torch.where(torch.arange(sum(steps))[:, None] >= start[:, None, None], noise, student.codebook_VC[ids])
+    with torch.no_grad():
+        logits = student(sequence, LABELS, start).logits_BLV
+    each = F.cross_entropy(logits.transpose(1, 2), ids, reduction="none")
+    assert 0 < (start == 0).sum() < 8 and metrics["cross_entropy_K"].shape == (3,)
+    first, second, _ = (part.mean() for part in each[start == 0].split(list(steps), 1))
+    torch.testing.assert_close(metrics["cross_entropy_K"], torch.stack([first, second, each[:, 5:].mean()]))
+
+
+def test_steps_of_one_token_are_positions() -> None:
+    values = torch.randn(4)
+    assert torch.equal(by_step(values, (1, 1, 1, 1)), values)
+    torch.testing.assert_close(by_step(values, (1, 3)), torch.stack([values[0], values[1:].mean()]))

@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from tiny import C, L, tree_of
 
 from ddecode import pairs as module
 from ddecode.config import PairsConfig
-from ddecode.pairs import Manifest, Pairs, make_manifest, read_shard, write_pairs
+from ddecode.pairs import ForcedPairs, Manifest, Pairs, make_manifest, read_shard, write_pairs
 from ddecode.randomness import sample_seed
 from ddecode.teacher import Recipe, Teacher
 from ddecode.trajectory import resolve
@@ -159,15 +160,45 @@ def test_a_damaged_shard_is_named(damage: str, copy: Path, teacher: Teacher) -> 
             write(teacher, copy)
 
 
-def test_every_flipped_byte_of_the_tokens_is_noticed(whole: Path, tmp_path: Path) -> None:
-    data = (whole / SHARDS[3]).read_bytes()
+def test_every_changed_byte_of_a_shard_is_noticed(whole: Path, tmp_path: Path) -> None:
+    """Of its header, too, where it matters."""
+    data, expected = (whole / SHARDS[3]).read_bytes(), read_shard(whole / SHARDS[3])
     body = 8 + int.from_bytes(data[:8], "little")
-    for place in random.Random(1).sample(range(body, len(data)), 20):
-        broken = bytearray(data)
-        broken[place] ^= 64
-        (tmp_path / "broken.safetensors").write_bytes(broken)
-        with pytest.raises(ValueError, match=r"broken\.safetensors is damaged"):
-            read_shard(tmp_path / "broken.safetensors")
+    path = tmp_path / "broken.safetensors"
+    for place in [*range(body), *random.Random(1).sample(range(body, len(data)), 20)]:
+        path.write_bytes(
+            data[:place] + bytes([data[place] ^ random.Random(place).randrange(1, 256)]) + data[place + 1 :]
+        )
+        try:
+            tensors = read_shard(path)
+        except ValueError as error:
+            assert "broken.safetensors is damaged" in str(error)
+            continue
+        assert place < body and all(torch.equal(tensors[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [("ids", (16, 9)), ("ids", (144,)), ("ids", (9, 4, 4)), ("labels", (3, 3)), ("ids", torch.float32),
+     ("seeds", torch.float64)],
+)  # fmt: skip
+def test_dtypes_and_shapes_are_checked_as_values_are(name: str, how: Any, whole: Path, tmp_path: Path) -> None:
+    tensors = read_shard(whole / SHARDS[0])
+    path = tmp_path / "shard.safetensors"
+    for broken in (tensors | {name: tensors[name].view(how)}, {k: t for k, t in tensors.items() if k != name}):
+        save_file(broken, path, metadata={"checksum": module.checksum(broken)})
+        with pytest.raises(ValueError, match=r"shard\.safetensors is damaged"):
+            read_shard(path)
+
+
+def test_shards_that_were_swapped_are_named(copy: Path, teacher: Teacher) -> None:
+    first, second = (copy / name for name in SHARDS[:2])
+    first.rename(copy / "x")
+    second.rename(first)
+    (copy / "x").rename(second)
+    for read in (lambda: Pairs(copy), lambda: write(teacher, copy)):
+        with pytest.raises(ValueError, match=rf"{SHARDS[0]} is none of the manifest's"):
+            read()
 
 
 @pytest.mark.parametrize(
@@ -214,3 +245,29 @@ def test_bf16_leaves_noise_and_length_alone(teacher: Teacher, tmp_path: Path) ->
     assert torch.equal(half.seeds_N, full.seeds_N)
     # the first position differs by the teacher's rounding alone
     assert (half.ids_NL[:, 0] == full.ids_NL[:, 0]).float().mean() >= 0.8
+
+
+def test_forced_pairs_come_with_what_the_walk_saw(whole: Path, teacher: Teacher) -> None:
+    pairs = Pairs(whole)
+    seen = []
+
+    def pick(log_probs_BNV: torch.Tensor, start: int) -> torch.Tensor:
+        seen.append(log_probs_BNV)
+        return pairs.ids_NL[:6, start : start + log_probs_BNV.shape[1]].long()
+
+    teacher.walk(pairs.labels_N[:6].long(), pick, teacher.recipe)
+    noise, ids, labels, log_probs = ForcedPairs(pairs, teacher).batch([3, 0, 5])
+    for ours, plain in zip((noise, ids, labels), pairs.batch([3, 0, 5]), strict=True):
+        assert torch.equal(ours, plain)
+    torch.testing.assert_close(log_probs.float(), torch.cat(seen, 1)[[3, 0, 5]], atol=5e-3, rtol=2e-3)
+
+
+@pytest.mark.parametrize("kept", [0, 6, 28])
+def test_forced_pairs_are_the_same_from_memory(kept: int, whole: Path, teacher: Teacher) -> None:
+    pairs = Pairs(whole)
+    fresh = ForcedPairs(pairs, teacher)
+    forced = ForcedPairs(pairs, teacher, cache_gib=kept * L * 32 * 2 / 2**30)
+    for _ in range(2):
+        for indices in ([0, 4, 9], [4, 5, 27]):
+            assert torch.equal(forced.batch(indices)[3], fresh.batch(indices)[3])
+    assert int(forced.cached_N.sum()) == {0: 0, 6: 3, 28: 5}[kept]

@@ -7,7 +7,18 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny import C, L, make_pipeline, save_tiny, seeded
+from tiny import (
+    C,
+    L,
+    make_draft_student,
+    make_pipeline,
+    make_student,
+    make_teacher,
+    make_var_student,
+    make_var_teacher,
+    save_tiny,
+    seeded,
+)
 
 from ddecode.pipeline import DistilledPipeline, to_uint8
 from ddecode.plan import parse_plan
@@ -137,3 +148,124 @@ def test_a_model_may_have_a_teacher_alone(pipe: DistilledPipeline, tmp_path: Pat
     again = DistilledPipeline.from_pretrained(save_tiny(tmp_path / "teacher", alone))
     assert again.student is None and list(again.models) == ["teacher", "skip"]
     assert again([0], num_inference_steps="teacher", output_type="np").images.shape == (1, 8, 8, 3)
+
+
+def pipeline_of(family: str, kind: str) -> DistilledPipeline:
+    teacher = make_teacher() if family == "llamagen" else make_var_teacher()
+    make = make_draft_student if kind == "drafts" else make_student if family == "llamagen" else make_var_student
+    return DistilledPipeline(tokenizer=teacher.tokenizer, teacher=teacher, student=make(teacher, starts=(0, 5)).eval())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("kind", ["split", "drafts"])
+@pytest.mark.parametrize("family", ["llamagen", "var"])
+def test_half_precision_is_near_fp32(family: str, kind: str, dtype: torch.dtype) -> None:
+    pipe = pipeline_of(family, kind)
+    labels, steps = [0, 1, 2, 3] * 4, (1, 2, "teacher")
+
+    def draw(form: str) -> list[torch.Tensor]:
+        return [pipe(labels, num_inference_steps=n, generator=seeded(0), output_type=form).images for n in steps]
+
+    exact, codes, decoded = draw("latent"), pipe.tokenizer.codebook_VC.clone(), pipe.decode(draw("latent")[0])
+    assert pipe.to(dtype) is pipe and pipe.dtype == dtype
+    assert torch.equal(pipe.tokenizer.codebook_VC, codes)
+    assert {p.dtype for m in (pipe.student, pipe.teacher.backbone) for p in m.parameters()} == {dtype}
+    assert all(b.dtype != dtype for m in (pipe.student, pipe.teacher.backbone) for b in m.buffers())
+    for ours, theirs in zip(draw("latent"), exact, strict=True):
+        near = torch.isclose(ours, theirs, atol=0.05).all(-1).float().mean()
+        assert ours.dtype == torch.float32 and near > 0.7, f"{near:.0%} of the tokens are those of fp32"
+    assert pipe.decode(exact[0]).dtype == torch.float32
+    assert (pipe.decode(exact[0]) - decoded).abs().max() < 0.05 * decoded.abs().max()
+    assert draw("pt")[0].dtype == torch.float32
+    assert not torch.is_autocast_enabled("cpu") and pipe.to(torch.float32).dtype == torch.float32
+
+
+def test_to_takes_device_and_dtype_in_any_order() -> None:
+    pipe = make_pipeline()
+    cpu, half = torch.device("cpu"), torch.bfloat16
+    for places, names in [
+        ((cpu, half), {}),
+        ((half, "cpu"), {}),
+        (("cpu",), {"dtype": half}),
+        ((half,), {"device": cpu}),
+    ]:
+        pipe.to(torch.float32)
+        assert pipe.to(*places, **names) is pipe
+        assert pipe.dtype == half and pipe.device == cpu
+    assert pipe.to() is pipe and pipe.to("cpu").dtype == half
+    assert pipe.to("meta").device == pipe.teacher.device == torch.device("meta")
+
+
+@pytest.mark.parametrize(
+    ("places", "message"),
+    [
+        ((torch.float64,), r"dtype must be one of .*torch\.bfloat16"),
+        (("bf16",), "there is no device 'bf16' here"),
+        (("cuda:97",), "there is no device 'cuda:97' here"),
+        (("cpu", torch.device("cpu")), "one device and one dtype, got cpu, cpu"),
+        ((torch.float16, torch.bfloat16), "one device and one dtype"),
+    ],
+    ids=str,
+)
+def test_other_places_are_refused(pipe: DistilledPipeline, places: tuple[Any, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        pipe.to(*places)
+    assert pipe.dtype == torch.float32
+
+
+def test_the_callback_sees_every_pass(pipe: DistilledPipeline) -> None:
+    seen: list[tuple[int, int]] = []
+
+    def callback(given: DistilledPipeline, step: int, timestep: int, tensors: dict[str, Any]) -> dict[str, Any]:
+        assert given is pipe and tensors["embeddings_BLC"].shape == (2, L, C)
+        seen.append((step, timestep))
+        return tensors
+
+    options: dict[str, Any] = {"plan": "student:0-4,teacher:4-6,student:4-16", "output_type": "latent"}
+    heard = pipe([0, 1], generator=seeded(0), callback_on_step_end=callback, **options).images
+    assert seen == [(0, 4), (1, 5), (2, 6), (3, 16)]
+    assert torch.equal(heard, pipe([0, 1], generator=seeded(0), **options).images)
+    pipe([0], callback_on_step_end=lambda *given: seen.append(given[3]), callback_on_step_end_tensor_inputs=[])
+    assert seen[-1] == {}
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_what_the_callback_changes_is_gone_on_from(pipe: DistilledPipeline, in_place: bool) -> None:
+    kept = pipe.student.codebook_VC[5].expand(1, 4, C)
+
+    def callback(given: DistilledPipeline, step: int, timestep: int, tensors: dict[str, Any]) -> dict[str, Any] | None:
+        if step:
+            return None
+        changed = tensors["embeddings_BLC"] if in_place else tensors["embeddings_BLC"].clone()
+        changed[:, :4] = kept
+        return None if in_place else {"embeddings_BLC": changed}
+
+    options: dict[str, Any] = {"num_inference_steps": 2, "output_type": "latent", "callback_on_step_end": callback}
+    images = pipe([1], generator=seeded(0), **options).images
+    noise = torch.randn(L, C, generator=seeded(0))[None]
+    sequence = torch.cat([kept, noise[:, 4:]], 1)
+    expected = pipe.student.emit(sequence, torch.tensor([1]), 4, L)
+    torch.testing.assert_close(images, torch.cat([kept, expected], 1))
+
+
+def test_a_callback_of_other_tensors_is_refused(pipe: DistilledPipeline) -> None:
+    with pytest.raises(ValueError, match="knows embeddings_BLC, not latents"):
+        pipe(0, callback_on_step_end_tensor_inputs=["latents"])
+    for returned, message in [({"latents": None}, "not latents"), ({"embeddings_BLC": torch.zeros(1)}, r"\(1,\) for")]:
+        with pytest.raises(ValueError, match=message):
+            pipe(0, callback_on_step_end=lambda *given, returned=returned: returned)
+
+
+def test_a_bar_counts_the_passes(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pipe = DistilledPipeline.from_pretrained(model)
+    pipe([0], num_inference_steps=2)
+    assert capsys.readouterr().err == "", "a bar over two passes"
+    pipe.set_progress_bar_config(disable=False)
+    pipe([0], num_inference_steps=2)
+    assert "2/2" in capsys.readouterr().err
+    pipe.set_progress_bar_config(desc="sampling", leave=False)
+    pipe([0], num_inference_steps="teacher")
+    assert "sampling" in (shown := capsys.readouterr().err) and "/16" in shown
+    pipe.set_progress_bar_config(disable=True)
+    pipe([0])
+    assert capsys.readouterr().err == ""

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ddecode.codebook import nearest_code
 from ddecode.plan import parse_plan
-from ddecode.sampling import Progress, execute
+from ddecode.sampling import AfterPass, Progress, execute
 from ddecode.student import Student
 from ddecode.teacher import Recipe, Teacher, inverse_cdf
 
@@ -18,8 +18,9 @@ RECIPE = Recipe(guidance_scale=2.0, top_k=10)
 SPLITS = pytest.mark.parametrize("split", [0, 2, 10, L])
 
 
-def run(plan: str, **models: Teacher | Student) -> Progress:
-    return execute(parse_plan(plan, L), models, noise_BLC=NOISE, uniforms_BL=UNIFORMS, labels=LABELS, recipe=RECIPE)
+def run(plan: str, after_pass: AfterPass | None = None, **models: Teacher | Student) -> Progress:
+    inputs = {"noise_BLC": NOISE, "uniforms_BL": UNIFORMS, "labels": LABELS}
+    return execute(parse_plan(plan, L), models, **inputs, recipe=RECIPE, after_pass=after_pass)
 
 
 def one_pass(student: Student, sequence: Tensor, start: int) -> Tensor:
@@ -105,3 +106,48 @@ def test_a_plan_that_cuts_a_teachers_step_is_refused(scale_teacher: Teacher) -> 
     assert whole.network_evaluations == 3
     with pytest.raises(ValueError, match=r"5 is no step boundary of this teacher; those are \[0, 1, 4, 8\]"):
         execute(parse_plan("a:0-5,a:5-8", 8), {"a": scale_teacher}, noise_BLC=noise, **options)
+
+
+def test_every_pass_is_told_of(teacher: Teacher, student: Student) -> None:
+    told: list[tuple[int, int]] = []
+    plan = "student:0-4,teacher:4-8,student:4-16"
+
+    def listen(progress: Progress) -> None:
+        told.append((progress.network_evaluations, progress.resolved))
+
+    heard = run(plan, listen, teacher=teacher, student=student)
+    assert told == [(1, 4), (2, 5), (3, 6), (4, 7), (5, 8), (6, 16)]
+    assert torch.equal(heard.embeddings_BLC, run(plan, teacher=teacher, student=student).embeddings_BLC)
+    assert heard.network_evaluations == 6
+
+
+def test_a_teacher_goes_on_from_the_token_it_is_given(teacher: Teacher) -> None:
+    def replace(progress: Progress) -> None:
+        if progress.resolved == 3:
+            progress.embeddings_BLC[:, 2] = teacher.codebook_VC[7] + 0.01
+
+    changed = run("teacher:0-16", replace, teacher=teacher).embeddings_BLC
+    plain = run("teacher:0-16", teacher=teacher).embeddings_BLC
+    ids = nearest_code(changed, teacher.codebook_VC)
+    assert torch.equal(changed[:, :2], plain[:, :2]) and (ids[:, 2] == 7).all()
+    rest = teacher.walk(LABELS, inverse_cdf(UNIFORMS), RECIPE, resolved_BN=ids[:, :3])
+    assert torch.equal(ids, rest) and not torch.equal(changed, plain)
+
+
+def test_what_a_later_pass_emits_again_is_left_out_unless_someone_watches(teacher: Teacher) -> None:
+    student = make_student(teacher, starts=(0, 4))
+    spans: list[tuple[int, int]] = []
+    emit = student.emit
+
+    def spy(sequence: Tensor, labels: Tensor, start: int, stop: int) -> Tensor:
+        spans.append((start, stop))
+        return emit(sequence, labels, start, stop)
+
+    student.emit = spy  # type: ignore[method-assign]
+    plan = parse_plan("student:0-16,student:4-16", L)
+    options = {"noise_BLC": NOISE, "uniforms_BL": UNIFORMS, "labels": LABELS, "recipe": RECIPE}
+    unwatched = execute(plan, {"student": student}, **options)
+    watched = execute(plan, {"student": student}, **options, after_pass=lambda progress: None)
+    assert spans == [(0, 4), (4, 16), (0, 16), (4, 16)]
+    close(unwatched.embeddings_BLC, watched.embeddings_BLC)
+    assert unwatched.network_evaluations == watched.network_evaluations == 2

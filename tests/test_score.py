@@ -29,6 +29,7 @@ from ddecode.objectives.score import (
 )
 from ddecode.teacher import Recipe, Teacher
 from ddecode.training import train
+from ddecode.trajectory import resolve
 from ddecode.types import Condition, KeyValueCache
 
 CODES = torch.tensor([[1.0, 0.0], [-0.5, 0.8], [-0.6, -0.7]])
@@ -71,7 +72,7 @@ class TableBackbone(nn.Module):
         raise NotImplementedError
 
     def new_cache(self, batch: int) -> KeyValueCache:
-        raise NotImplementedError
+        return KeyValueCache(0, (batch, 1, 0, 1), device="cpu", dtype=torch.float32)
 
     def hidden(self, inputs_BND: Tensor, condition: Any, *, cache: Any = None, residuals: Any = None) -> Tensor:
         return inputs_BND
@@ -293,21 +294,47 @@ def test_the_first_stage_learns_the_teachers_posterior_means(tuned: ARDiffusion)
         assert error < 0.1 * CODES.std().item(), (time, error)
 
 
-@torch.no_grad()
 def test_the_first_stage_samples_the_teachers_joint_distribution(tuned: ARDiffusion) -> None:
-    """Position by position down the ODE dx/dt = v from noise, by Heun's method."""
-    ids, count, generator = torch.zeros(4000, 2, dtype=torch.int64), 24, seeded(3)
-    for position in range(2):
-        x = torch.randn(4000, 2, 2, generator=generator)
-        for k in range(count):
-            now, then = (torch.full((4000, 2), 1 - (k + ahead) / count) for ahead in (0, 1))
-            v = tuned(ids, labels_of(ids), x, now)
-            predicted = x - v / count
-            x = predicted
-            if k + 1 < count:
-                x = x + (v - tuned(ids, labels_of(ids), predicted, then)) / (2 * count)
-        ids[:, position] = nearest_code(x[:, position], CODES)
+    ids = tuned.sample(torch.randn(4000, 2, 2, generator=seeded(3)), torch.zeros(4000, dtype=torch.int64), CODES)
     assert total_variation(ids, JOINT) < 0.05  # drawing 4000 from JOINT itself: 0.013 on average
+
+
+def test_exact_velocities_send_noise_where_the_teachers_map_does() -> None:
+    """The sampler and the map are solvers of one ODE; where they disagree, the noise lies between two codes."""
+    teacher, noise = table_teacher(JOINT, CODES), torch.randn(2000, 2, 2, generator=seeded(0))
+
+    class Head(nn.Module):
+        def forward(self, hidden_BND: Tensor, x_BNC: Tensor, time_BN: Tensor) -> Tensor:
+            log_probs = teacher.backbone.logits(hidden_BND, None)
+            return velocity(x_BNC, posterior_mean(x_BNC, time_BN, log_probs, CODES), time_BN)
+
+    guidance = ARDiffusion(teacher.backbone, CODES)
+    guidance.head = Head()
+    labels = torch.zeros(2000, dtype=torch.int64)
+    mapped = resolve(teacher, noise, labels, num_steps=64)
+    agreement = [(guidance.sample(noise, labels, CODES, n) == mapped).all(1).float().mean() for n in (4, 16, 64)]
+    assert agreement[0] > 0.9 and agreement[1] > 0.97 and agreement[2] > 0.99, agreement
+
+
+@TEACHERS
+def test_sampling_the_guidance_network_equals_whole_passes(make: Any) -> None:
+    """No cache: each AR step's tokens from the features that a pass over all of the sequence gives there."""
+    teacher: Teacher = make()
+    guidance = ARDiffusion.from_teacher(teacher, width=16, depth=2)
+    scramble(guidance.head, 5)
+    codebook, labels = teacher.codebook_VC, torch.tensor([0, 2, 1])
+    noise = torch.randn(3, teacher.length, codebook.shape[1], generator=seeded(1))
+    fast, slow = guidance.sample(noise, labels, codebook, 2), torch.zeros(3, teacher.length, dtype=torch.int64)
+    begin = 0
+    for count in teacher.steps:
+        half, whole = (torch.full(noise.shape[:2], time) for time in (0.5, 1.0))
+        with torch.no_grad():
+            first = guidance(slow, labels, noise, whole)
+            middle = noise - (first + guidance(slow, labels, noise - first / 2, half)) / 4
+            end = middle - guidance(slow, labels, middle, half) / 2
+        slow[:, begin : begin + count] = nearest_code(end, codebook)[:, begin : begin + count]
+        begin += count
+    assert torch.equal(fast, slow)
 
 
 def test_the_first_stage_trains_in_the_common_loop(tmp_path: Path) -> None:

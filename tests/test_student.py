@@ -1,9 +1,11 @@
 """The student: what it inherits, what it is told, what it may see and what it emits."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
-from tiny import C, L, V, make_student, make_teacher, seeded
+from tiny import C, L, V, make_student, make_teacher, make_var_student, make_var_teacher, seeded
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -177,3 +179,23 @@ def test_wrong_starts_and_splits_are_refused(teacher: Teacher) -> None:
     for options in ({"split": L + 1}, {"split": -1}, {"starts": (0, L)}, {"starts": (-1,)}):
         with pytest.raises(ValueError, match=next(iter(options))):
             make_student(teacher, **options)
+
+
+def test_positions_behind_what_is_kept_are_left_out_of_the_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    student = make_var_student(make_var_teacher(), starts=(0, 5))
+    noise = torch.randn(2, student.length, C, generator=seeded(3))
+    labels = torch.tensor([3, 0])
+    whole = student.emit(noise, labels, 0, student.length)
+    for stop in (1, 4, 5, 9):
+        part = student.emit(noise, labels, 0, stop)
+        torch.testing.assert_close(part, whole[:, :stop], atol=1e-5, rtol=1e-4)
+    seen: list[int] = []
+    hidden = student.backbone.hidden
+
+    def spy(inputs_BND: Tensor, condition: Condition, **options: Any) -> Tensor:
+        seen.append(inputs_BND.shape[1])
+        return hidden(inputs_BND, condition, **options)
+
+    monkeypatch.setattr(student.backbone, "hidden", spy)
+    student.emit(noise, labels, 0, 4)
+    assert seen == [1 + 5], "more than the class and the AR steps up to the fourth token"

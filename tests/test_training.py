@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from ddecode.config import TrainingConfig
 from ddecode.objectives.likelihood import LikelihoodObjective
 from ddecode.training import (
-    Checkpoint,
     Objective,
     batch_indices,
     learning_rate,
@@ -193,12 +192,14 @@ def test_previews_come_at_their_steps_with_the_average(tmp_path: Path) -> None:
     seen: list[int] = []
     config = TrainingConfig(**{**CONFIG.__dict__, "preview_every": 4})
 
-    def preview(model: nn.Module, step: int) -> None:
+    def preview(model: nn.Module, step: int) -> dict[str, float]:
         assert not model.training
         seen.append(step)
+        return {"measured": step / 2}
 
     run(tmp_path, config=config, preview=preview)
     assert seen == [4, 8]
+    assert [row.get("measured") for row in log_of(tmp_path)] == [None, None, None, 2.0, None, None, None, 4.0, None]
 
 
 @pytest.mark.parametrize(("size", "batch"), [(10, 5), (10, 3), (7, 7), (5, 12), (1, 3)])
@@ -233,16 +234,6 @@ def test_the_average_is_its_formula(step: int, decay: float) -> None:
     update_average(average, model, step, 0.999)
     for name, parameter in average.named_parameters():
         torch.testing.assert_close(parameter, expected[name], msg=name)
-
-
-def test_a_checkpoint_is_replaced_as_a_whole(tmp_path: Path) -> None:
-    model = nn.Linear(2, 1)
-    optimizer = torch.optim.AdamW(model.parameters())
-    checkpoint = Checkpoint(tmp_path)
-    for step in (1, 2):
-        checkpoint.save(step, {"a": (1, 2)}, {"model": model, "ema": model}, optimizer)
-    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
-    assert checkpoint.load({"a": (1, 2)}, {"model": nn.Linear(2, 1), "ema": model}, optimizer) == 2
 
 
 class Sequences:

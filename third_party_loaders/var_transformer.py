@@ -268,7 +268,7 @@ class VARTransformer(nn.Module):
         return self.word_embed(maps_BMC) + self.places(first, first + maps_BMC.shape[1])
 
     def vector_inputs(self, sequence_BLC: Tensor) -> Tensor:
-        return self.word_embed(sequence_BLC) + self.places(self.prefix, self.positions)
+        return self.word_embed(sequence_BLC) + self.places(self.prefix, self.prefix + sequence_BLC.shape[1])
 
     def student_state(self, teacher: "VARTransformer", codebook_VC: Tensor) -> dict[str, Tensor]:
         """The teacher's weights, of fewer layers the evenly spaced ones. With own positions, the scale in front takes

@@ -13,6 +13,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from fashion_mnist import DEFAULT_FOLDER, load_fashion_mnist, to_model_range
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from torch.nn import functional
 
 from ddecode.checkpoint import family_module
 from ddecode.config import TrainingConfig, as_dict, build, read_config
+from ddecode.locks import held
 from ddecode.objectives.likelihood import LikelihoodObjective
 from ddecode.teacher import Recipe
 from ddecode.training import train
@@ -113,7 +115,8 @@ def main() -> None:
         begin_from(teacher.backbone, load_file(args.init))
     objective = LikelihoodObjective(teacher, label_drop=config.label_drop)
     samples = read_samples(tokenizer, args)
-    train(objective, samples, config.training, args.out, identity=as_dict(config), resume=args.resume)
+    with held(args.out, leader=PartialState().is_main_process):
+        train(objective, samples, config.training, args.out, identity=as_dict(config), resume=args.resume)
 
 
 if __name__ == "__main__":

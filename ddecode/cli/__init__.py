@@ -5,6 +5,7 @@ status 2; `--debug` shows the traceback.
 """
 
 import argparse
+import errno
 import importlib
 import sys
 import traceback
@@ -12,7 +13,7 @@ import warnings
 from collections.abc import Sequence
 from typing import NoReturn
 
-VERBS = ("demo", "info", "sample", "pairs", "distill", "eval", "bench", "convert")
+VERBS = ("demo", "info", "sample", "pairs", "distill", "eval", "compare", "bench", "convert")
 
 
 class Parser(argparse.ArgumentParser):
@@ -43,6 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.debug:
             traceback.print_exc()
         message = " ".join(str(error).split())
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            message += "; make room and run it again"
         print(f"ddecode {args.verb}: error: {message}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

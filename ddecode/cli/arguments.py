@@ -4,6 +4,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ddecode.checkpoint import ModelFolder
 from ddecode.pipeline import DistilledPipeline, Steps
 from ddecode.plan import NAME
@@ -25,6 +27,18 @@ def add_with(parser: argparse.ArgumentParser) -> None:
         metavar="NAME=MODEL",
         help="let plans call MODEL's teacher NAME (MODEL#student: its student); may be repeated",
     )
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", type=read_device, default="cpu", help="where networks run, such as cuda:0")
+
+
+def read_device(text: str) -> torch.device:
+    """An argparse type: a device that is there."""
+    try:
+        return torch.empty(0, device=text).device
+    except (RuntimeError, AssertionError):
+        raise argparse.ArgumentTypeError(f"there is no device {text!r} here") from None
 
 
 def open_pipeline(args: argparse.Namespace) -> DistilledPipeline:

@@ -1,44 +1,109 @@
-"""`ddecode eval`: judge a model by a named protocol."""
+"""`ddecode eval`: judge a model, or images that are there already, by a named protocol."""
 
 import argparse
 from pathlib import Path
 from typing import Any
 
 from ddecode.checkpoint import ModelFolder, zoo_folder
-from ddecode.cli.arguments import add_model, add_with, at_least, open_pipeline, read_steps
-from ddecode.evaluation.zoo import Judge, as_json, evaluate, table
+from ddecode.cli.arguments import MODEL_HELP, add_device, add_with, at_least, open_pipeline, read_steps
+from ddecode.evaluation import protocols, zoo
+from ddecode.evaluation.fidelity import INCEPTION, Inception
+from ddecode.evaluation.protocols import PROTOCOLS, Inspector
+from ddecode.evaluation.reference import Reference
+from ddecode.evaluation.results import as_json
 from ddecode.files import write_aside
+from ddecode.images import ImageSet, is_image_set
+from ddecode.pipeline import DistilledPipeline
 from ddecode.plan import Plan
+
+EPILOG = """\
+zoo judges the bundled models against their teacher and the real test images. adm and dd1 are for models of ImageNet;
+they need the extra ddecode[fidelity], Inception's weights and a reference. adm: as many images of each class, Inception
+as in TensorFlow, VIRTUAL_imagenet256_labeled.npz. dd1: uniform labels, Inception and statistics as in pytorch-fid.
+Compare results of --json with ddecode compare."""
+STEPS = "teacher,1,2"
 
 
 def add_parser(verbs: Any) -> None:
-    parser = verbs.add_parser("eval", help="judge a model by a named protocol", description=__doc__)
-    add_model(parser)
+    parser = verbs.add_parser(
+        "eval",
+        help="judge a model by a named protocol",
+        description=__doc__,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "model", metavar="MODEL", help=f"{MODEL_HELP}; or images: an .npz with arr_0, or a folder of PNGs"
+    )
     add_with(parser)
-    parser.add_argument("--steps", default="teacher,1,2", help="comma-separated (default: teacher,1,2)")
+    parser.add_argument("--steps", help=f"comma-separated (default: {STEPS})")
     parser.add_argument("--plan", action="append", default=[], help="a further plan; may be repeated")
-    parser.add_argument("--num", type=at_least(1), default=5000, help="samples of each set (default: 5000)")
-    parser.add_argument("--seed", type=at_least(0), default=0)
+    parser.add_argument(
+        "--num", type=at_least(1), help=f"images of each set (default: {zoo.NUM}; adm, dd1: {protocols.NUM})"
+    )
+    parser.add_argument("--seed", type=at_least(0), help="of a model's images (default: 0)")
     parser.add_argument("--batch", type=at_least(1), default=250)
-    parser.add_argument("--protocol", choices=("zoo",), default="zoo")
+    parser.add_argument("--protocol", choices=("zoo", *PROTOCOLS), default="zoo")
+    parser.add_argument(
+        "--inception", metavar="FILE", help=f"adm, dd1: {INCEPTION}, a path or owner/name/file of the hub"
+    )
+    parser.add_argument("--reference", type=Path, metavar="FILE", help="adm, dd1: .npz or .pth of statistics or images")
+    add_device(parser)
     parser.add_argument("--json", type=Path, help="write the result here as well")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> None:
-    folder = ModelFolder.open(args.model)
-    judge = open_judge(folder)
-    pipe = open_pipeline(args)
-    plans: dict[str, Plan] = {str(steps): pipe.plan(steps) for steps in read_steps(args.steps)}
-    plans |= {text: pipe.plan(plan=text) for text in args.plan}
-    result = evaluate(pipe, plans, judge, model=folder.path.name, num=args.num, seed=args.seed, batch=args.batch)
-    print(table(result))
+    result = judge_zoo(args) if args.protocol == "zoo" else judge_fidelity(args)
+    print(zoo.table(result) if isinstance(result, zoo.ZooResult) else protocols.table(result))
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         write_aside(args.json, (as_json(result) + "\n").encode())
 
 
-def open_judge(folder: ModelFolder) -> Judge:
+def judge_zoo(args: argparse.Namespace) -> zoo.ZooResult:
+    if args.inception or args.reference:
+        raise ValueError("--inception and --reference go with --protocol adm or dd1; zoo has its own")
+    if is_image_set(Path(args.model)):
+        raise ValueError(f"protocol zoo judges models; {args.model} holds images: choose --protocol adm or dd1")
+    folder = ModelFolder.open(args.model)
+    judge = open_judge(folder)
+    pipe, plans = open_plans(args)
+    num = args.num or zoo.NUM
+    return zoo.evaluate(pipe, plans, judge, model=folder.path.name, num=num, seed=args.seed or 0, batch=args.batch)
+
+
+def judge_fidelity(args: argparse.Namespace) -> protocols.FidelityResult:
+    if args.inception is None or args.reference is None:
+        raise ValueError(f"protocol {args.protocol} needs --inception {INCEPTION} and --reference FILE")
+    num = args.num or protocols.NUM
+    if is_image_set(Path(args.model)):
+        if args.steps or args.plan or args.others or args.seed is not None:
+            raise ValueError(f"{args.model} holds images: --steps, --plan, --with and --seed go with models")
+        images = ImageSet.open(Path(args.model))
+        protocols.check_images(images, PROTOCOLS[args.protocol], num)
+        return protocols.evaluate_images(images, open_inspector(args), num=num, batch=args.batch)
+    name = ModelFolder.open(args.model).path.name
+    pipe, plans = open_plans(args)
+    protocols.check_num(num, pipe.num_classes, PROTOCOLS[args.protocol])
+    inspector = open_inspector(args)
+    return protocols.evaluate(pipe, plans, inspector, model=name, num=num, seed=args.seed or 0, batch=args.batch)
+
+
+def open_plans(args: argparse.Namespace) -> tuple[DistilledPipeline, dict[str, Plan]]:
+    pipe = open_pipeline(args).to(args.device)
+    plans: dict[str, Plan] = {str(steps): pipe.plan(steps) for steps in read_steps(args.steps or STEPS)}
+    return pipe, plans | {text: pipe.plan(plan=text) for text in args.plan}
+
+
+def open_inspector(args: argparse.Namespace) -> Inspector:
+    protocol = PROTOCOLS[args.protocol]
+    extractor = Inception.open(args.inception, resize=protocol.resize, device=args.device)
+    reference = Reference.open(args.reference, extractor, batch=args.batch)
+    return Inspector(protocol=protocol, extractor=extractor, reference=reference)
+
+
+def open_judge(folder: ModelFolder) -> zoo.Judge:
     """The feature network that a model's config names.
 
     Raises:
@@ -47,4 +112,4 @@ def open_judge(folder: ModelFolder) -> Judge:
     name = folder.config.get("features")
     if name is None:
         raise ValueError(f"{folder.path.name} names no feature network: protocol zoo judges the bundled data sets only")
-    return Judge.open(zoo_folder() / "features" / str(name))
+    return zoo.Judge.open(zoo_folder() / "features" / str(name))

@@ -36,6 +36,5 @@ def run(args: argparse.Namespace) -> None:
         print(forecast(teacher, manifest))
         return
     made = write_pairs(teacher, manifest, args.out, rank=state.process_index, world=state.num_processes)
-    state.wait_for_everyone()
     if state.is_main_process:
         print(f"{manifest.num} pairs in {args.out} ({made} made now)")

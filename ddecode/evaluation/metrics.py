@@ -28,6 +28,37 @@ def fit_gaussian(features_NF: np.ndarray) -> Gaussian:
     return Gaussian(mean_F=features.mean(0), covariance_FF=np.cov(features, rowvar=False))
 
 
+class RunningMoments:
+    """`fit_gaussian` of features that come in batches; memory does not grow with N."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.origin_F: np.ndarray | None = None
+        """Near the mean, so that little cancels."""
+
+    def add(self, features_BF: np.ndarray) -> None:
+        features = np.asarray(features_BF, np.float64)
+        if self.origin_F is None:
+            self.origin_F = features.mean(0)
+            self.sum_F = np.zeros_like(self.origin_F)
+            self.products_FF = np.zeros((len(self.origin_F), len(self.origin_F)))
+        shifted = features - self.origin_F
+        self.count += len(features)
+        self.sum_F += shifted.sum(0)
+        self.products_FF += shifted.T @ shifted
+
+    def gaussian(self) -> Gaussian:
+        """
+        Raises:
+            ValueError: fewer than two samples.
+        """
+        if self.origin_F is None or self.count < 2:
+            raise ValueError(f"a covariance needs at least 2 samples, got {self.count}")
+        mean_F = self.sum_F / self.count
+        covariance_FF = (self.products_FF - self.count * np.outer(mean_F, mean_F)) / (self.count - 1)
+        return Gaussian(mean_F=self.origin_F + mean_F, covariance_FF=covariance_FF)
+
+
 def frechet_distance(a: Gaussian, b: Gaussian) -> float:
     """Fréchet distance of two Gaussians (Heusel et al. 2017, eq. 6).
 

@@ -15,10 +15,8 @@ S, T, T' and P have seeds apart. N samples, L token positions, F feature width.
 """
 
 import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -28,9 +26,12 @@ from tqdm import tqdm
 
 from ddecode.evaluation.features import FeatureNetwork, load_features
 from ddecode.evaluation.metrics import Gaussian, control_share, fit_gaussian, frechet_distance, intra_class_variance
-from ddecode.pipeline import DistilledPipeline, to_uint8
+from ddecode.evaluation.results import Result, label_balance, versions_of
+from ddecode.pipeline import ROUNDING, DistilledPipeline, to_uint8
 from ddecode.plan import Plan
 from ddecode.randomness import derived_seed, sample_generators
+
+NUM = 5000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,14 +52,7 @@ class ZooRow:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ZooResult:
-    protocol: str
-    model: str
-    num: int
-    seed: int
-    feature_hash: str
-    rounding: str
-    versions: dict[str, str]
+class ZooResult(Result):
     rows: tuple[ZooRow, ...]
 
 
@@ -69,6 +63,7 @@ class Judge:
     network: FeatureNetwork
     real: Gaussian
     hash: str
+    """Of both."""
 
     @classmethod
     def open(cls, folder: Path) -> "Judge":
@@ -194,9 +189,11 @@ def evaluate(
         model=model,
         num=num,
         seed=seed,
+        labels=label_balance("balanced", labels_N),
+        rounding=ROUNDING,
         feature_hash=judge.hash,
-        rounding="clamp to [-1,1], round((x+1)*127.5) to 8 bits",
-        versions={"torch": torch.__version__, "numpy": np.__version__},
+        reference_hash=judge.hash,
+        versions=versions_of("torch", "numpy"),
         rows=tuple(rows),
     )
 
@@ -244,10 +241,3 @@ def table(result: ZooResult) -> str:
             f"{cell(row.control_share, '.2%'):>8} {row.accuracy:8.2%} {cell(row.variance, '.3f'):>8}"
         )
     return "\n".join(lines)
-
-
-def as_json(result: ZooResult) -> str:
-    import dataclasses
-
-    plain: dict[str, Any] = dataclasses.asdict(result)
-    return json.dumps(plain)

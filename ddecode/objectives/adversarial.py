@@ -2,7 +2,8 @@
 
 ADD (arXiv 2311.17042) and DMD2 (arXiv 2405.14867) add it to a distillation loss; the heads follow Projected GAN
 (arXiv 2111.01007): a few convolutions on every stage of a network that is not trained, told the class by projection
-(arXiv 1802.05637). Positives are the teacher's images, so that no data are needed, or real ones.
+(arXiv 1802.05637). Positives are the teacher's images, so that no data are needed, or real ones
+(`ddecode.objectives.positives`).
 
 B batch, H W height and width of a stage's map.
 """
@@ -37,7 +38,7 @@ class DiscriminatorHead(nn.Module):
         self.classes = spectral_norm(nn.Embedding(num_classes, width))
 
     def forward(self, stage_BCHW: Tensor, labels_B: Tensor) -> Tensor:
-        """fp32 [B,HW]: above 0 it takes the place for the teacher's."""
+        """fp32 [B,HW]: above 0 it takes the place for a positive's."""
         h = self.body(stage_BCHW)
         projected = torch.einsum("bchw,bc->bhw", h, self.classes(labels_B))
         return (self.verdict(h)[:, 0] + projected).flatten(1).float()
@@ -70,7 +71,7 @@ def adversarial_losses(
     Args:
         discriminator: trained by the second loss.
         ours: of the student's images, with gradients.
-        theirs: of the teacher's images, or real ones.
+        theirs: of the positives.
         labels_B, labels_theirs_B: the classes of either.
 
     Returns:
@@ -85,5 +86,5 @@ def adversarial_losses(
     discriminator.eval()
     student_loss = -functional_call(discriminator, frozen, (ours.stages, labels_B)).mean()
     discriminator.train()
-    metrics = {"verdict_teacher": theirs_BN.detach().mean(), "verdict_student": ours_BN.detach().mean()}
+    metrics = {"verdict_positive": theirs_BN.detach().mean(), "verdict_student": ours_BN.detach().mean()}
     return student_loss, critic_loss, metrics

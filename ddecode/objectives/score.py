@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from ddecode.codebook import nearest_code
 from ddecode.diffusion_head import DiffusionHead
 from ddecode.flow import centred
-from ddecode.teacher import Recipe, Teacher, forced_hidden
+from ddecode.teacher import Recipe, Teacher, forced_hidden, unroll
 from ddecode.training import Objective
 from ddecode.types import Backbone
 
@@ -161,6 +161,37 @@ class ARDiffusion(nn.Module):
     def features(self, ids_BL: Tensor, labels: Any) -> Tensor:
         """What the tokens of earlier AR steps say about each position: [B,L,D]."""
         return forced_hidden(self.backbone, ids_BL, self.backbone.condition(labels))
+
+    @torch.no_grad()
+    def sample(self, noise_BLC: Tensor, labels: Any, codebook_VC: Tensor, num_steps: int = 16) -> Tensor:
+        """Tokens of the distribution it has learned, each from its own noise, as the teacher's map makes them.
+
+        Position by position dx/dt = v runs from the noise at t = 1 to a code at t = 0, by Heun's method. It takes
+        one pass of the backbone for each AR step, as plain sampling without guidance does, and 2 num_steps - 1
+        evaluations of the head.
+
+        Args:
+            noise_BLC: standard normal fp32.
+            labels: int64 [B], or captions.
+            codebook_VC: the codes that a path may end on; the nearest counts.
+            num_steps: steps of the ODE.
+
+        Returns:
+            ids int64 [B,L].
+        """
+
+        def read(hidden_BND: Tensor, step: int, start: int) -> Tensor:
+            x_BNC = noise_BLC[:, start : start + hidden_BND.shape[1]]
+            for k in reversed(range(num_steps)):
+                now_BN, then_BN = (x_BNC.new_full(x_BNC.shape[:2], level / num_steps) for level in (k + 1, k))
+                slope_BNC = self.head(hidden_BND, x_BNC, now_BN)
+                if k:
+                    ahead_BNC = self.head(hidden_BND, x_BNC - slope_BNC / num_steps, then_BN)
+                    slope_BNC = (slope_BNC + ahead_BNC) / 2
+                x_BNC = x_BNC - slope_BNC / num_steps
+            return nearest_code(x_BNC, codebook_VC)
+
+        return unroll(self.backbone, self.backbone.condition(labels), read)
 
 
 class TuningObjective(Objective):

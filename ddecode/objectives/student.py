@@ -6,7 +6,7 @@ distributions: the energy distance of a batch's image features (`energy`), a dis
 difference between the teacher's conditional scores and the student's own (`score`, DD2). Pairs beside one of these
 are the regression anchor of distribution matching distillation (arXiv 2311.18828).
 
-B batch, L token positions, C code width, F feature width.
+B batch, L token positions, K autoregressive steps, C code width, F feature width.
 """
 
 import torch
@@ -15,14 +15,18 @@ from torch.nn import functional as F
 
 from ddecode.config import ObjectiveConfig, weight_at
 from ddecode.evaluation.features import FeatureMaps, FeatureNetwork, perceptual_gap
+from ddecode.flow import flow_grid, tokens_to_noise
 from ddecode.objectives.adversarial import Discriminator, adversarial_losses
 from ddecode.objectives.energy import energy_distance, standardise
-from ddecode.objectives.score import ScoreTerm
+from ddecode.objectives.positives import Positives
+from ddecode.objectives.score import ScoreTerm, mean_where
 from ddecode.student import Student
 from ddecode.training import Objective
 from ddecode.types import Prediction
 
 Metrics = dict[str, Tensor]
+REDRAWING_STEPS = 16
+"""Evaluations of the inverse map for fresh noise."""
 
 
 class StudentObjective(Objective):
@@ -33,6 +37,7 @@ class StudentObjective(Objective):
         config: the terms and their weights.
         features: frozen network of the image terms; needed where one of their weights is not 0.
         score: the score term; needed where its weight is not 0. Its guidance network is trained.
+        positives: real images for the adversarial term; None takes the teacher's.
     """
 
     def __init__(
@@ -42,10 +47,11 @@ class StudentObjective(Objective):
         *,
         features: FeatureNetwork | None = None,
         score: ScoreTerm | None = None,
+        positives: Positives | None = None,
     ) -> None:
         super().__init__()
         self.model: Student = student
-        self.features, self.config, self.score = features, config, score
+        self.features, self.config, self.score, self.positives = features, config, score, positives
         if config.uses_images and features is None:
             raise ValueError("objective.perceptual, energy and adversarial need a feature network")
         if config.score.weight and score is None:
@@ -60,6 +66,7 @@ class StudentObjective(Objective):
             self.critics["guidance"] = score.guidance
             self.critic_lr["guidance"] = config.score.lr
         self.starts = torch.tensor(student.starts)
+        self.grid = flow_grid(student.codebook_VC, REDRAWING_STEPS)
 
     def realigns(self, step: int) -> bool:
         return self.config.score.realigns(step)
@@ -69,6 +76,8 @@ class StudentObjective(Objective):
         noise_BLC: Tensor,
         ids_BL: Tensor,
         labels_B: Tensor,
+        log_probs_BLV: Tensor | None = None,
+        *,
         generator: torch.Generator,
         progress: float = 0.0,
         step: int = 0,
@@ -78,12 +87,14 @@ class StudentObjective(Objective):
         scored = weight_at(config.score.weight, progress)
         if scored and not config.score.students_turn(step):
             return self.guidance_turn(noise_BLC, labels_B, generator)
+        if config.fresh_noise:
+            assert log_probs_BLV is not None
+            noise_BLC = tokens_to_noise(ids_BL, log_probs_BLV, student.codebook_VC, generator, grid=self.grid)
+        target_BLV = log_probs_BLV if config.targets == "probabilities" else None
         codes_BLC = F.embedding(ids_BL, student.codebook_VC)
         start_B = self.starts[torch.randint(len(self.starts), (batch,), generator=generator)].to(ids_BL.device)
         open_BL = torch.arange(length, device=ids_BL.device) >= start_B[:, None]
-        perceptual, energy = weight_at(config.perceptual, progress), weight_at(config.energy, progress)
-        adversarial = weight_at(config.adversarial.weight, progress)
-        sees_images = perceptual > 0 or energy > 0 or adversarial > 0
+        sees_images = any(self.image_weights(progress))
         few = slice(0, config.image_batch if sees_images or scored else 0)
 
         share = weight_at(config.own_prefix, progress)
@@ -98,25 +109,18 @@ class StudentObjective(Objective):
         prediction = student(sequence_BLC, labels_B, start_B)
 
         # the pair's tokens follow from the teacher's prefix, not from the student's own
-        loss, metrics = self.regression(prediction, ids_BL, codes_BLC, open_BL & ~own_B[:, None], progress)
+        loss, metrics = self.regression(prediction, ids_BL, codes_BLC, open_BL & ~own_B[:, None], progress, target_BLV)
         if not (sees_images or scored):
             return loss, metrics
         seen = Prediction(embeddings_BLC=prediction.embeddings_BLC[few], logits_BLV=prediction.logits_BLV[few])
         emitted_BLC = student.emitted(seen, sequence_BLC[few])
         emitted_BLC = torch.where(open_BL[few][..., None], emitted_BLC, prefix_BLC[few])
         if sees_images:
-            ours, theirs = self.look(emitted_BLC, codes_BLC[few])
-            if perceptual or energy:
-                gap = perceptual_gap(ours, theirs)[~own_B[few]].mean()
-                distance = energy_distance(*standardise(ours.descriptors(), theirs.descriptors()), labels_B[few])
-                loss = loss + perceptual * gap + energy * distance
-                metrics |= {"perceptual": gap.detach(), "energy": distance.detach()}
-            if adversarial:
-                discriminator = self.critics["discriminator"]
-                assert isinstance(discriminator, Discriminator)
-                fooled, told, verdicts = adversarial_losses(discriminator, ours, theirs, labels_B[few], labels_B[few])
-                loss = loss + adversarial * fooled + told
-                metrics |= verdicts
+            terms, seen_metrics = self.image_terms(
+                emitted_BLC, codes_BLC[few], labels_B[few], own_B[few], generator, progress
+            )
+            loss = loss + terms
+            metrics |= seen_metrics
         if scored:
             assert self.score is not None
             gap, gaps = self.score.student_loss(emitted_BLC, labels_B[few], open_BL[few], generator)
@@ -126,32 +130,88 @@ class StudentObjective(Objective):
         return loss, metrics
 
     def regression(
-        self, prediction: Prediction, ids_BL: Tensor, codes_BLC: Tensor, counted_BL: Tensor, progress: float
+        self,
+        prediction: Prediction,
+        ids_BL: Tensor,
+        codes_BLC: Tensor,
+        counted_BL: Tensor,
+        progress: float,
+        target_BLV: Tensor | None,
     ) -> tuple[Tensor, Metrics]:
-        """DD1's terms on the positions that count, with the cross-entropy of drafts where the student makes any."""
+        """DD1's terms on the positions that count, with the cross-entropy of drafts where the student makes any.
+
+        `target_BLV` holds the teacher's log-probabilities where these are regressed instead of the pair's tokens.
+        """
         config = self.config
-        logits, targets = prediction.logits_BLV[counted_BL], ids_BL[counted_BL]
-        cross_entropy = F.cross_entropy(logits, targets)
+
+        def cross_entropies(logits_BNV: Tensor) -> Tensor:
+            n = logits_BNV.shape[1]
+            target = ids_BL if target_BLV is None else target_BLV.float().exp()
+            counted_BN = counted_BL[:, :n]
+            return F.cross_entropy(logits_BNV[counted_BN], target[:, :n][counted_BN], reduction="none")
+
+        each = cross_entropies(prediction.logits_BLV)
+        cross_entropy = each.mean()
+        each_BL = each.new_zeros(counted_BL.shape).masked_scatter(counted_BL, each.detach())
         squared = (prediction.embeddings_BLC - codes_BLC).square().sum(-1)[counted_BL].mean()
         loss = weight_at(config.logits, progress) * cross_entropy + weight_at(config.embeddings, progress) * squared
         for draft_BNV in prediction.drafts:
-            read = draft_BNV.shape[1]
-            counted_BN = counted_BL[:, :read]
-            drafted = F.cross_entropy(draft_BNV[counted_BN], ids_BL[:, :read][counted_BN])
-            loss = loss + weight_at(config.drafts, progress) * drafted
-        return loss, {
+            loss = loss + weight_at(config.drafts, progress) * cross_entropies(draft_BNV).mean()
+        metrics = {
             "cross_entropy": cross_entropy.detach(),
-            "accuracy": (logits.argmax(-1) == targets).float().mean(),
+            "accuracy": (prediction.logits_BLV.argmax(-1) == ids_BL)[counted_BL].float().mean(),
             "embedding_error": squared.detach(),
+            "cross_entropy_K": by_step(mean_where(each_BL, counted_BL.float(), 0), self.model.backbone.steps),
         }
+        if target_BLV is not None:
+            entropy_BL = torch.special.entr(target_BLV.float().exp()).sum(-1)
+            metrics["divergence"] = cross_entropy.detach() - entropy_BL[counted_BL].mean()
+        return loss, metrics
 
-    def look(self, emitted_BLC: Tensor, codes_BLC: Tensor) -> tuple[FeatureMaps, FeatureMaps]:
-        """The feature network on the student's images and on the teacher's, which get no gradient."""
-        assert self.features is not None
-        decode = self.model.tokenizer.decode
-        ours = self.features(decode(emitted_BLC))
+    def image_weights(self, progress: float) -> tuple[float, ...]:
+        """Of the perceptual, the energy and the adversarial term."""
+        weights = (self.config.perceptual, self.config.energy, self.config.adversarial.weight)
+        return tuple(weight_at(weight, progress) for weight in weights)
+
+    def image_terms(
+        self,
+        emitted_BLC: Tensor,
+        codes_BLC: Tensor,
+        labels_B: Tensor,
+        own_B: Tensor,
+        generator: torch.Generator,
+        progress: float,
+    ) -> tuple[Tensor, Metrics]:
+        """The terms that see decoded output.
+
+        Of the samples in `own_B` the student emitted all, its prefix too, so that they have no teacher's image each.
+        """
+        perceptual, energy, adversarial = self.image_weights(progress)
+        ours = self.look(emitted_BLC)
         with torch.no_grad():
-            return ours, self.features(decode(codes_BLC))
+            theirs = self.look(codes_BLC)
+        loss, metrics = emitted_BLC.new_zeros(()), Metrics()
+        if perceptual or energy:
+            gap = perceptual_gap(ours, theirs)[~own_B].mean()
+            distance = energy_distance(*standardise(ours.descriptors(), theirs.descriptors()), labels_B)
+            loss = loss + perceptual * gap + energy * distance
+            metrics |= {"perceptual": gap.detach(), "energy": distance.detach()}
+        if adversarial:
+            discriminator = self.critics["discriminator"]
+            assert isinstance(discriminator, Discriminator)
+            if self.positives is not None:
+                real_BL = self.positives.draw(labels_B, generator)
+                with torch.no_grad():
+                    theirs = self.look(F.embedding(real_BL, self.model.codebook_VC))
+            fooled, told, verdicts = adversarial_losses(discriminator, ours, theirs, labels_B, labels_B)
+            loss = loss + adversarial * fooled + told
+            metrics |= verdicts
+        return loss, metrics
+
+    def look(self, codes_BLC: Tensor) -> FeatureMaps:
+        """The feature network on decoded images."""
+        assert self.features is not None
+        return self.features(self.model.tokenizer.decode(codes_BLC))
 
     def guidance_turn(self, noise_BLC: Tensor, labels_B: Tensor, generator: torch.Generator) -> tuple[Tensor, Metrics]:
         """A step in which the guidance network alone learns, on fresh samples of the student in one pass."""
@@ -159,3 +219,10 @@ class StudentObjective(Objective):
         few = slice(0, self.config.image_batch)
         emitted_BLC = self.model.emit(noise_BLC[few], labels_B[few], 0, noise_BLC.shape[1])
         return self.score.guidance_loss(emitted_BLC, labels_B[few], generator)
+
+
+def by_step(values_L: Tensor, steps: tuple[int, ...]) -> Tensor:
+    """Means over the tokens of each AR step, [K]."""
+    if len(steps) == len(values_L):
+        return values_L
+    return torch.stack([part.mean() for part in values_L.split(list(steps))])

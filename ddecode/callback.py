@@ -1,0 +1,37 @@
+"""What a caller hears of between the passes of a plan, and may change there, as in diffusers' pipelines."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from ddecode.sampling import Progress
+
+CALLBACK_TENSORS = ("embeddings_BLC",)
+"""What `callback_on_step_end` may see and change."""
+StepCallback = Callable[[Any, int, int, dict[str, Any]], Mapping[str, Any] | None]
+"""The pipeline, the number of passes before this one, the number of tokens resolved after it, and the tensors asked
+for by name; returns those it changes."""
+
+
+def check_tensors(names: Sequence[str]) -> None:
+    """
+    Raises:
+        ValueError: a callback knows no such tensor.
+    """
+    if unknown := [name for name in names if name not in CALLBACK_TENSORS]:
+        raise ValueError(f"callback_on_step_end knows {', '.join(CALLBACK_TENSORS)}, not {', '.join(unknown)}")
+
+
+def call_back(callback: StepCallback, pipe: Any, progress: Progress, offered: Sequence[str]) -> None:
+    """Show a callback the tensors it asked for and take over those it returns.
+
+    Raises:
+        ValueError: it returns another tensor, or one of another shape.
+    """
+    tensors = {name: getattr(progress, name) for name in offered}
+    returned = callback(pipe, progress.network_evaluations - 1, progress.resolved, tensors) or {}
+    check_tensors(tuple(returned))
+    for name, tensor in returned.items():
+        before = getattr(progress, name)
+        if tensor.shape != before.shape:
+            raise ValueError(f"callback_on_step_end returned {name} {tuple(tensor.shape)} for {tuple(before.shape)}")
+        setattr(progress, name, tensor.to(before))

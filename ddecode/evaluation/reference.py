@@ -1,0 +1,128 @@
+"""What a network sees in sets of images, sampled or real.
+
+N images of a set, B of a batch, H W image height and width, F feature width, K classes of the network.
+"""
+
+import zipfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ddecode.evaluation.fidelity import LEAST, Extractor
+from ddecode.evaluation.metrics import Gaussian, RunningMoments
+from ddecode.files import file_hash
+from ddecode.images import ImageSet
+
+
+@dataclass(frozen=True, kw_only=True)
+class Seen:
+    """A set of images, as a network sees it."""
+
+    gaussian: Gaussian
+    logits_NK: Tensor
+    """fp32."""
+    features_NF: Tensor | None
+    """fp32; None where they were not kept."""
+
+
+def look(extractor: Extractor, batches: Iterable[np.ndarray], *, keep_features: bool) -> Seen:
+    """See a set, uint8 [B,H,W,3] at a time."""
+    moments, features, logits = RunningMoments(), [], []
+    for images_BHW3 in batches:
+        seen = extractor(torch.from_numpy(images_BHW3).permute(0, 3, 1, 2))
+        features_BF = seen.features_BF.float().cpu()
+        moments.add(features_BF.numpy())
+        logits.append(seen.logits_BK.float().cpu())
+        if keep_features:
+            features.append(features_BF)
+    return Seen(
+        gaussian=moments.gaussian(),
+        logits_NK=torch.cat(logits),
+        features_NF=torch.cat(features) if keep_features else None,
+    )
+
+
+def counted(batches: Iterable[np.ndarray], bar: Any) -> Iterator[np.ndarray]:
+    """Batches as they are, moving a progress bar."""
+    for images_BHW3 in batches:
+        yield images_BHW3
+        bar.update(len(images_BHW3))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reference:
+    """The real images that a protocol judges by."""
+
+    real: Gaussian
+    features_NF: Tensor | None
+    """fp32; None where only statistics are known."""
+    hash: str
+
+    @classmethod
+    def open(cls, path: Path, extractor: Extractor, *, batch: int = 50, show_progress: bool = True) -> "Reference":
+        """
+        Args:
+            path: an `.npz` with statistics `mu` and `sigma`, with images `arr_0`, or with both, as guided-diffusion and
+                pytorch-fid write them; DD1's `statistic.pth`, with `m` and `s`; or a folder of PNGs.
+            extractor: sees the images; statistics have to be of its features.
+
+        Raises:
+            ValueError: there is nothing of the kind, it is of other features, or the images are too few.
+        """
+        if not path.exists():
+            raise ValueError(f"there is no reference {path}")
+        real, features_NF = None if path.is_dir() else read_statistics(path), None
+        width = extractor(torch.zeros(1, 3, 32, 32, dtype=torch.uint8)).features_BF.shape[1]
+        if real is not None and (real.mean_F.shape, real.covariance_FF.shape) != ((width,), (width, width)):
+            raise ValueError(f"{path} is of {real.mean_F.size} features, the network that judges has {width}")
+        if path.is_dir() or holds_images(path):
+            images = ImageSet.open(path)
+            if images.num < LEAST:
+                raise ValueError(f"{path} holds {images.num} images, a reference needs at least {LEAST}")
+            with tqdm(total=images.num, unit="img", disable=not show_progress, leave=False, desc="real") as bar:
+                seen = look(extractor, counted(images.batches(images.num, batch), bar), keep_features=True)
+            real, features_NF = real or seen.gaussian, seen.features_NF
+        if real is None:
+            raise ValueError(f"{path} holds neither statistics (mu and sigma) nor images (arr_0)")
+        return cls(real=real, features_NF=features_NF, hash=file_hash(path))
+
+
+def holds_images(path: Path) -> bool:
+    return path.suffix == ".npz" and "arr_0.npy" in zipfile.ZipFile(path).namelist()
+
+
+def read_statistics(path: Path) -> Gaussian | None:
+    """Mean and covariance from an `.npz` or, without running code, a `.pth`; None if they are not there.
+
+    Raises:
+        ValueError: the file is damaged or of another kind, or asks for more than arrays.
+    """
+    try:
+        if path.suffix == ".npz":
+            with np.load(path) as file:
+                arrays = {name: file[name] for name in ("mu", "sigma") if name in file.files}
+        else:
+            with torch.serialization.safe_globals(array_globals()):
+                arrays = torch.load(path, map_location="cpu", weights_only=True)
+        for mean, covariance in (("mu", "sigma"), ("m", "s")):
+            if {mean, covariance} <= arrays.keys():
+                mean_F, covariance_FF = (np.asarray(arrays[name], np.float64) for name in (mean, covariance))
+                return Gaussian(mean_F=mean_F, covariance_FF=covariance_FF)
+    except OSError:
+        raise
+    except Exception:  # of many kinds, for a damaged or an unsafe file
+        raise ValueError(f"{path} is damaged, or no .npz or .pth of plain arrays") from None
+    return None
+
+
+def array_globals() -> list[Any]:
+    """What a pickled array asks for, under the names that numpy 1 and 2 have for it."""
+    reconstruct = np.empty(0).__reduce__()[0]
+    names = [(reconstruct, f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")]
+    return [np.ndarray, np.dtype, *(type(np.dtype(kind)) for kind in (np.float32, np.float64)), *names]

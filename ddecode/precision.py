@@ -1,0 +1,51 @@
+"""Device and precision of models that sample: half-precision networks around a tokenizer and a map that stay fp32."""
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+
+from ddecode.student import Student
+from ddecode.teacher import Teacher
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+"""What networks may be cast to, in memory and on disk."""
+
+
+def network(model: Student | Teacher) -> nn.Module:
+    """The module that holds a model's own weights."""
+    module = model.backbone if isinstance(model, Teacher) else model
+    assert isinstance(module, nn.Module)
+    return module
+
+
+def cast(model: Student | Teacher, dtype: torch.dtype) -> None:
+    """Cast a model's parameters. Its buffers, rotary factors and the like, are exact in fp32 alone and stay so."""
+    for parameter in network(model).parameters():
+        parameter.data = parameter.data.to(dtype)
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[Any]:
+    """Autocast to a half precision; fp32 leaves one that is open as it is."""
+    return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
+
+
+def check_device(device: torch.device | str) -> None:
+    """
+    Raises:
+        ValueError: it is not there.
+    """
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, TypeError):
+        raise ValueError(f"there is no device {str(device)!r} here") from None
+
+
+def check_dtype(dtype: torch.dtype) -> None:
+    """
+    Raises:
+        ValueError: networks are not cast to it.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(map(str, DTYPES))}, got {dtype}")

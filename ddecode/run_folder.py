@@ -1,0 +1,152 @@
+"""A training run on disk: its checkpoint and its log."""
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from ddecode.checkpoint import save_tensors
+from ddecode.files import opened_aside, rename, write_aside
+
+SUMS = "SHA256SUMS"
+"""As `sha256sum -c` reads it."""
+STATE, OPTIMIZER = "state.json", "optimizer.pt"
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+class Checkpoint:
+    """The state of a run: `RUN/checkpoint`, replaced as a whole, and `RUN/checkpoint.old`, the one before it.
+
+    `model.safetensors`, `ema.safetensors` and, where there are any, `critics.safetensors` hold weights, `optimizer.pt`
+    Adam's moments, `state.json` the step and the config it belongs to, `SHA256SUMS` the checksums of these.
+    """
+
+    def __init__(self, run: Path) -> None:
+        self.folder, self.old = run / "checkpoint", run / "checkpoint.old"
+
+    def exists(self) -> bool:
+        return self.folder.exists()
+
+    def save(self, step: int, identity: Mapping[str, Any], networks: Mapping[str, nn.Module], optimizer: Any) -> None:
+        """Write all; `networks` by the names of their files.
+
+        Raises:
+            OSError: the disk is full, say. The checkpoint is as it was then.
+        """
+        aside = self.folder.with_name("checkpoint.new")
+        shutil.rmtree(aside, ignore_errors=True)
+        if self.old.exists():  # now, as there is not always room for three
+            self.old.rename(aside)
+            shutil.rmtree(aside)
+        try:
+            self.fill(aside, step, identity, networks, optimizer)
+        except BaseException:
+            shutil.rmtree(aside, ignore_errors=True)
+            raise
+        if self.exists():
+            rename(self.folder, self.old)
+        rename(aside, self.folder)
+
+    def fill(
+        self,
+        folder: Path,
+        step: int,
+        identity: Mapping[str, Any],
+        networks: Mapping[str, nn.Module],
+        optimizer: Any,
+    ) -> None:
+        folder.mkdir(parents=True)
+        for name, module in networks.items():
+            save_tensors(folder / f"{name}.safetensors", module.state_dict())
+        with opened_aside(folder / OPTIMIZER) as stream:
+            torch.save(optimizer.state_dict(), stream)
+        write_aside(folder / STATE, json.dumps({"step": step, "identity": identity}, indent=2).encode())
+        sums = [f"{sha256(path)}  {path.name}\n" for path in sorted(folder.iterdir())]
+        write_aside(folder / SUMS, "".join(sums).encode())
+
+    def restore(self) -> None:
+        """Put the checkpoint before in its place where there is none: where a kill fell between the two renames of
+        `save`, or a damaged one was deleted."""
+        if not self.exists() and self.old.exists():
+            self.old.rename(self.folder)
+
+    def load(self, identity: Mapping[str, Any], networks: Mapping[str, nn.Module], optimizer: Any) -> int:
+        """Fill all in place. Returns the number of steps done.
+
+        Raises:
+            ValueError: the run was made with another config, or a file is missing or damaged; nothing is filled then.
+        """
+        state = json.loads(self.checked(STATE).read_text())
+        if state["identity"] != json.loads(json.dumps(identity)):
+            raise ValueError(f"{self.folder.parent} was begun with another config; choose another --out")
+        weights = {name: self.checked(f"{name}.safetensors") for name in networks}
+        moments = self.checked(OPTIMIZER)
+        for name, module in networks.items():
+            module.load_state_dict(load_file(weights[name]))
+        optimizer.load_state_dict(torch.load(moments, weights_only=True))
+        return state["step"]
+
+    def checked(self, name: str) -> Path:
+        """The path of a file that is as it was written.
+
+        Raises:
+            ValueError: it is not.
+        """
+        path, sums = self.folder / name, self.folder / SUMS
+        for file in (sums, path):
+            if not file.is_file():
+                raise ValueError(f"{file} is missing; {self.remedy()}")
+        if f"{sha256(path)}  {name}" not in sums.read_text(errors="replace").splitlines():
+            raise ValueError(f"{path} is damaged: its checksum is not that of {SUMS}; {self.remedy()}")
+        return path
+
+    def remedy(self) -> str:
+        after = "go on from the checkpoint before it" if self.old.exists() else "begin the run again"
+        return f"delete {self.folder} and --resume to {after}"
+
+
+class Log:
+    """One JSON object a line, each written at once; those from beyond the step a run resumes at are dropped first.
+
+    Raises:
+        ValueError: a line is damaged. The last one may be torn, and is dropped.
+    """
+
+    def __init__(self, path: Path, begin: int) -> None:
+        lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+        kept = []
+        for number, line in enumerate(lines, start=1):
+            try:
+                if json.loads(line)["step"] <= begin:
+                    kept.append(line.rstrip() + b"\n")
+            except (ValueError, KeyError, TypeError):
+                if number < len(lines):
+                    raise ValueError(f"{path} is damaged in line {number}; delete that line and --resume") from None
+        write_aside(path, b"".join(kept))
+        self.path = path
+        self.stream = path.open("ab", buffering=0)
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        """
+        Raises:
+            OSError: the disk is full. The log is as it was then.
+        """
+        end, line = self.stream.tell(), f"{json.dumps(row)}\n".encode()
+        if self.stream.write(line) < len(line):
+            self.stream.truncate(end)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
+
+    def sync(self) -> None:
+        os.fsync(self.stream.fileno())

@@ -1,0 +1,190 @@
+"""Sets of images: what they are sampled with, their labels, folders of them.
+
+Image i of a set depends on the set's seed, on i and on its label alone. A folder's PNGs each carry the settings they
+were made with, and appear under their names only when whole. A batch of which one is missing is sampled again as it
+was, so that stopping and going on gives the same images.
+
+N images of a set, B of a batch, H W image height and width.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+from PIL import Image
+from torch import nn
+from tqdm import tqdm
+
+from ddecode.config import as_dict
+from ddecode.files import write_aside
+from ddecode.images import NAME, check_png, image_name, png, pngs, read_note
+from ddecode.locks import held
+from ddecode.pipeline import ROUNDING, DistilledPipeline, to_uint8
+from ddecode.plan import Plan
+from ddecode.randomness import derived_seed, sample_generators
+from ddecode.teacher import Teacher
+
+Labelling = Literal["balanced", "uniform"]
+LABELLINGS: tuple[Labelling, ...] = get_args(Labelling)
+LABEL_STREAM = 1_000_000_007
+"""Sets the seed of uniform labels apart from those of samples, which are derived from the set's seed and i."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What a set of images is sampled with. `num` may grow, the model may be renamed; all else is its identity."""
+
+    model: str
+    model_hash: str
+    """Of the weights that take part."""
+    plan: str
+    recipe: dict[str, Any]
+    """Guidance and filtering of teacher spans."""
+    labelling: Labelling
+    """See `draw_labels`."""
+    classes: tuple[int, ...]
+    seed: int
+    num: int
+    rounding: str = ROUNDING
+
+    def labels(self) -> np.ndarray:
+        return draw_labels(self.classes, self.num, labelling=self.labelling, seed=self.seed)
+
+    def note(self) -> dict[str, Any]:
+        """What each image of the set carries, as it reads from JSON: all but `num`."""
+        return {key: value for key, value in json.loads(json.dumps(as_dict(self))).items() if key != "num"}
+
+
+def draw_labels(classes: Sequence[int], num: int, *, labelling: Labelling = "balanced", seed: int = 0) -> np.ndarray:
+    """The labels of a set, int64 [N]; those of a larger `num` begin with the same ones.
+
+    Args:
+        classes: to choose from.
+        labelling: `balanced` gives image i the i-th class, round and round; `uniform` draws each independently.
+        seed: the set's.
+    """
+    if labelling == "balanced":
+        return np.resize(np.array(classes), num)
+    rng = np.random.default_rng(derived_seed(seed, LABEL_STREAM))
+    return np.array(classes)[rng.integers(len(classes), size=num)]
+
+
+def make_settings(
+    pipe: DistilledPipeline,
+    plan: Plan,
+    *,
+    model: str,
+    classes: Sequence[int],
+    num: int,
+    labelling: Labelling = "balanced",
+    seed: int = 0,
+) -> Settings:
+    """Settings of a set of images by `plan`; `model` is the pipe's name, for people."""
+    return Settings(
+        model=model,
+        model_hash=weights_hash(pipe, plan),
+        plan=str(plan),
+        recipe=as_dict(pipe.recipe),
+        labelling=labelling,
+        classes=tuple(classes),
+        seed=seed,
+        num=num,
+    )
+
+
+def weights_hash(pipe: DistilledPipeline, plan: Plan) -> str:
+    """SHA-256 over the weights that the images of a plan depend on, 16 hex digits."""
+    digest = hashlib.sha256()
+    parts: dict[str, Any] = {"tokenizer": pipe.tokenizer} | {span.who: pipe.models[span.who] for span in plan.spans}
+    for who, part in sorted(parts.items()):
+        module = part.backbone if isinstance(part, Teacher) else part
+        state = module.state_dict() if isinstance(module, nn.Module) else {}
+        for name, tensor in sorted(state.items()):
+            digest.update(f"{who}.{name}".encode())
+            digest.update(tensor.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def batches_of(num: int, batch: int) -> list[range]:
+    return [range(first, min(first + batch, num)) for first in range(0, num, batch)]
+
+
+def draw(pipe: DistilledPipeline, plan: Plan, labels_N: np.ndarray, part: range, seed: int) -> np.ndarray:
+    """Images `part` of a set, uint8 [B,H,W,3]."""
+    labels = labels_N[part.start : part.stop].tolist()
+    return to_uint8(pipe.decode(pipe.emit(labels, plan, sample_generators(seed, part)).embeddings_BLC))
+
+
+def draw_all(
+    pipe: DistilledPipeline, plan: Plan, labels_N: np.ndarray, *, seed: int, batch: int, show_progress: bool = True
+) -> Iterator[np.ndarray]:
+    """The images of a set in order, a batch at a time."""
+    with tqdm(total=len(labels_N), unit="img", disable=not show_progress, leave=False) as bar:
+        for part in batches_of(len(labels_N), batch):
+            yield draw(pipe, plan, labels_N, part, seed)
+            bar.update(len(part))
+
+
+def write_folder(
+    pipe: DistilledPipeline, plan: Plan, settings: Settings, folder: Path, *, batch: int, show_progress: bool = True
+) -> int:
+    """Sample the images of a set that are not in its folder yet.
+
+    Args:
+        pipe, plan: what `settings` were made of.
+        folder: made if missing.
+        batch: images per pass. Another one than before may move a pixel by one level, as rounding goes.
+
+    Returns:
+        The number of images made.
+
+    Raises:
+        ValueError: the folder holds images of other settings, more of them or a damaged one, or another run is at work
+            in it.
+        OSError: the disk is full, say. What is there is whole then.
+    """
+    labels_N, note = settings.labels(), settings.note()
+    names = [image_name(i, label) for i, label in enumerate(labels_N)]
+    made = 0
+    with held(folder):
+        present = check_folder(folder, settings)
+        todo = [part for part in batches_of(settings.num, batch) if not present.issuperset(names[i] for i in part)]
+        with tqdm(total=sum(map(len, todo)), unit="img", disable=not show_progress, leave=False) as bar:
+            for part in todo:
+                for i, image in zip(part, draw(pipe, plan, labels_N, part, settings.seed), strict=True):
+                    if names[i] not in present:
+                        write_aside(folder / names[i], png(Image.fromarray(image), note))
+                        made += 1
+                bar.update(len(part))
+    return made
+
+
+def check_folder(folder: Path, settings: Settings) -> set[str]:
+    """The names of the images that are there.
+
+    Raises:
+        ValueError: they are of other settings, more than `settings.num`, or one is damaged.
+    """
+    present = [path.name for path in pngs(folder)]
+    if not present:
+        return set()
+    theirs, ours = read_note(folder / present[0]), settings.note()
+    if theirs is None or not all(map(NAME.fullmatch, present)):
+        raise ValueError(f"{folder} holds images that ddecode sample did not make; choose another --out")
+    if keys := [key for key in ours if key != "model" and theirs.get(key) != ours[key]]:
+        others = ", ".join(f"{key} ({brief(theirs.get(key))}, not {brief(ours[key])})" for key in keys)
+        raise ValueError(f"{folder} holds images made with another {others}; choose another --out")
+    if len(present) > settings.num:
+        raise ValueError(f"{folder} holds {len(present)} images already; --num may only grow, got {settings.num}")
+    for name in present:
+        check_png(folder / name)
+    return set(present)
+
+
+def brief(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 40 else f"{text[:36]} ..."
