@@ -107,7 +107,7 @@ def sections(model: ModelFolder, card: Card, name: str, recipe: str | None) -> l
             [
                 f"* **Teacher**: {card.teacher}. Its licence: {card.teacher_license}.",
                 f"* **Licence of these weights**: {card.license}.",
-                *(f"* **{part.capitalize()}**: {size}." for part, size in sizes(model).items()),
+                f"* **Weights**: {', '.join(f'{part} {size}' for part, size in sizes(model).items())}.",
                 *([f"* **Starts**: {', '.join(map(str, starts))} tokens resolved."] if starts else []),
             ]
         ),
@@ -140,7 +140,7 @@ def sizes(model: ModelFolder) -> dict[str, str]:
             own = [piece for key, piece in slices.items() if key.startswith(f"{part}.")]
             if own:
                 types = ", ".join(sorted({piece.get_dtype() for piece in own}))
-                found[part] = f"{sum(math.prod(piece.get_shape()) for piece in own):,} weights, {types} on disk"
+                found[part] = f"{sum(math.prod(piece.get_shape()) for piece in own):,} ({types})"
     return found
 
 
