@@ -121,3 +121,16 @@ def test_a_gap_in_a_folder_is_told(model: Path, tmp_path: Path) -> None:
     (tmp_path / "x" / "000001-class1.png").unlink()
     with pytest.raises(ValueError, match="lacks images before 000003"):
         ImageSet.open(tmp_path / "x")
+
+
+@pytest.mark.parametrize("damage", ["flipped", "truncated", "emptied"])
+def test_a_damaged_image_is_named(damage: str, model: Path, tmp_path: Path, capsys: Capture) -> None:
+    options = ["sample", model, "--num", 5, "--out", tmp_path]
+    assert run(*options) == 0
+    path = tmp_path / "000003-class3.png"
+    whole = path.read_bytes()
+    flipped = whole[:-20] + bytes([whole[-20] ^ 1]) + whole[-19:]
+    path.write_bytes({"flipped": flipped, "truncated": whole[: len(whole) // 2], "emptied": b""}[damage])
+    assert f"{path} is no image, or damaged; delete it" in refused(capsys, *options)
+    path.unlink()
+    assert run(*options) == 0 and path.read_bytes() == whole

@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from fashion_mnist import DEFAULT_FOLDER, load_fashion_mnist, to_model_range
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ddecode.checkpoint import family_module
+from ddecode.checkpoint import family_module, save_tensors
 from ddecode.config import TrainingConfig, as_dict, build, read_config
 from ddecode.locks import held
 from ddecode.objectives.likelihood import LikelihoodObjective
@@ -73,7 +73,7 @@ def read_samples(tokenizer: Any, args: argparse.Namespace) -> ImageTokens:
     samples = encode_training_set(tokenizer, args.data)
     if args.tokens:
         args.tokens.parent.mkdir(parents=True, exist_ok=True)
-        save_file({"ids": samples.ids_NL.to(torch.int16), "labels": samples.labels_N}, args.tokens)
+        save_tensors(args.tokens, {"ids": samples.ids_NL.to(torch.int16), "labels": samples.labels_N})
     return samples
 
 

@@ -19,6 +19,7 @@ from ddecode.benchmark import (
     named_plans,
 )
 from ddecode.cli.arguments import add_model, add_with, open_pipeline, read_steps
+from ddecode.files import write_aside
 from ddecode.pipeline import DistilledPipeline
 
 DESCRIPTION = """\
@@ -77,7 +78,8 @@ def run(args: argparse.Namespace) -> None:
     print(table(result))
     line = json.dumps({"model": args.model, **result.as_dict()}, allow_nan=False)
     if args.json is not None:
-        write_text(args.json, line + "\n")
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        write_aside(args.json, f"{line}\n".encode())
     print(line)
 
 
@@ -175,14 +177,3 @@ def check_writable(path: Path) -> None:
     existing = next(parent for parent in path.absolute().parents if parent.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise ValueError(f"--json {path}: cannot write in {existing}")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write aside, then rename: the file is whole or absent."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(path.name + ".new")
-    try:
-        aside.write_text(text)
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
