@@ -3,35 +3,34 @@
 What makes the figures comparable:
 
 - Every row is timed over the same work: drawing the noise, all passes of the networks, decoding, and the conversion
-  to uint8 images on the CPU. Loading the models and warming up are outside.
+  to uint8 images on the CPU. Loading the models, warming up and compiling are outside, and reported apart.
 - All rows of a run share dtype and number of threads. The teacher is our own at its best: key-value cache, and both
   halves of guidance in one batch, sampled with its recipe.
 - Rows of one batch size take turns, and each repetition begins with another row, so that a machine that slows down
   slows all of them.
-- bf16 is autocast around networks and decoder. It stays open for all repetitions of a batch size, so that weights
-  are cast in the warm-up, as if the models were held in bf16. It may slow one side down, a CPU teacher's short steps
-  above all: before quoting a bf16 speed-up, see that the teacher is not faster in fp32.
+- Beside the times stands what the machine could do: the operations of networks and decoder are counted, and their rate
+  is set against that of a large square matrix product of the same dtype in the same run.
+
+Half precision is that of `DistilledPipeline.to`. It may slow one side down, a CPU teacher's short steps above all:
+before quoting its speed-up, see that the teacher is not faster in fp32.
 """
 
 import dataclasses
-import platform
-import resource
-import sys
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import numpy as np
 import torch
 
+from ddecode.arguments import check_whole
+from ddecode.machine import clock, machine_name, matmul_rate, peak_bytes, reset_peak, thread_count
+from ddecode.operations import counted
 from ddecode.pipeline import DistilledPipeline, to_uint8
 from ddecode.plan import Plan
 
 Dtype = Literal["fp32", "bf16"]
-DTYPES: tuple[Dtype, ...] = get_args(Dtype)
+DTYPES: dict[Dtype, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +41,8 @@ class BenchmarkRow:
     """`teacher`, a number of student passes, or the plan's text."""
     batch: int
     """Images of one call."""
-    dtype: Dtype
+    dtype: str
+    """Of the networks: `fp32`, `bf16`, or torch's name of another."""
     threads: int
     """CPU threads inside an operation."""
     network_evaluations: int
@@ -53,12 +53,29 @@ class BenchmarkRow:
     images_per_s: float
     """batch / median_s."""
     peak_bytes: int
-    """On CUDA the most memory allocated during this row. On a CPU the highest resident memory of the whole process
-    up to this row's last repetition: weights, other rows and smaller batches measured before are in it."""
+    """On CUDA the most memory allocated during this row. On a CPU the process's highest resident memory during it, all
+    models' weights included; where the system cannot tell it apart (all but Linux), up to its end."""
     network_s: float
     """Median of labels and noise to token embeddings."""
     decode_s: float
-    """Median of token embeddings to uint8 images."""
+    """Median of token embeddings to the decoder's output."""
+    rest_s: float
+    """Median of the decoder's output to uint8 images on the CPU."""
+    network_operations: int
+    """Floating-point operations of the networks in one call; see `ddecode.operations`."""
+    decode_operations: int
+    """Those of the decoder."""
+    network_rate: float
+    """Operations a second of the networks: network_operations / network_s."""
+    network_share: float
+    """network_rate over the rate of a large matrix product."""
+    decode_rate: float
+    decode_share: float
+    """The same of the decoder."""
+    floor_s: float
+    """What all these operations would take at the rate of a large matrix product."""
+    warmup_s: tuple[float, ...]
+    """Of each untimed repetition; the first one compiles, where that was asked for."""
     speedup: float | None
     """The teacher's median over this row's at the same batch; None where the teacher was not measured."""
 
@@ -70,10 +87,13 @@ class BenchmarkResult:
     rows: tuple[BenchmarkRow, ...]
     repeats: int
     warmup: int
+    compiled: bool
     device: str
     """`cpu` or `cuda`."""
     machine: str
     """Name of the processor or GPU."""
+    matmul_rate: float
+    """Operations a second in a large square matrix product of the rows' dtype; see `ddecode.machine`."""
     torch: str
     """Version."""
     guidance_scale: float
@@ -91,12 +111,21 @@ class Timing:
 
     network_s: float
     decode_s: float
+    rest_s: float
     peak_bytes: int
     network_evaluations: int
 
     @property
     def total_s(self) -> float:
-        return self.network_s + self.decode_s
+        return self.network_s + self.decode_s + self.rest_s
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """Floating-point operations of one call."""
+
+    network: int
+    decode: int
 
 
 def named_plans(pipe: DistilledPipeline, plans: Sequence[int | str]) -> dict[str, Plan]:
@@ -127,7 +156,7 @@ def named_plans(pipe: DistilledPipeline, plans: Sequence[int | str]) -> dict[str
 
 
 def check_settings(
-    batches: Sequence[int], *, repeats: int, warmup: int, dtype: str = "fp32", threads: int | None = None
+    batches: Sequence[int], *, repeats: int, warmup: int, compiled: bool = False, threads: int | None = None
 ) -> None:
     """Refuse impossible numbers.
 
@@ -136,16 +165,12 @@ def check_settings(
     """
     if not batches:
         raise ValueError("give at least one batch size")
-    if min(batches) < 1:
-        raise ValueError(f"batch must be at least 1, got {min(batches)}")
-    if repeats < 1:
-        raise ValueError(f"repeats must be at least 1, got {repeats}")
-    if warmup < 0:
-        raise ValueError(f"warmup must be at least 0, got {warmup}")
-    if threads is not None and threads < 1:
-        raise ValueError(f"threads must be at least 1, got {threads}")
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    for batch in batches:
+        check_whole("batch", batch, 1)
+    check_whole("repeats", repeats, 1)
+    check_whole("warmup", warmup, 1 if compiled else 0)
+    if threads is not None:
+        check_whole("threads", threads, 1)
 
 
 def benchmark(
@@ -155,21 +180,24 @@ def benchmark(
     *,
     repeats: int = 20,
     warmup: int = 3,
-    dtype: Dtype = "fp32",
+    compiled: bool = False,
     threads: int | None = None,
     seed: int = 0,
+    rate: float | None = None,
 ) -> BenchmarkResult:
     """Time plans against each other.
 
     Args:
-        pipe: the models; measured on the device they are on.
+        pipe: the models; measured on their device and in their dtype.
         plans: numbers of student passes, `teacher`, or texts of plans.
         batches: batch sizes, in images; each is measured apart, in this order.
         repeats: timed repetitions of every plan at every batch size.
         warmup: repetitions before them that do not count.
-        dtype: fp32, or bf16 by autocast.
+        compiled: compile the students first, in place; see `DistilledPipeline.compile`. It happens in the warm-up,
+            which must have a repetition then.
         threads: CPU threads inside an operation during the run, restored after it; None leaves them as they are.
         seed: of the noise; every repetition draws the same.
+        rate: operations a second of a large matrix product; None measures it.
 
     Returns:
         Rows by batch size, the teacher's first.
@@ -177,70 +205,114 @@ def benchmark(
     Raises:
         ValueError: a number is out of range, or the models cannot do a plan.
     """
-    check_settings(batches, repeats=repeats, warmup=warmup, dtype=dtype, threads=threads)
-    named = named_plans(pipe, plans)
-    device = pipe.any_model.device
+    check_settings(batches, repeats=repeats, warmup=warmup, compiled=compiled, threads=threads)
+    named, batches = named_plans(pipe, plans), list(dict.fromkeys(batches))
     rows: list[BenchmarkRow] = []
     with torch.no_grad(), thread_count(threads):
-        for batch in dict.fromkeys(batches):
-            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == "bf16"):
-                timings = take_turns(pipe, named, batch, repeats=repeats, warmup=warmup, seed=seed)
-            rows += summarize(timings, batch, dtype)
-    recipe = pipe.recipe
+        rate = matmul_rate(pipe.device, pipe.dtype) if rate is None else rate
+        costs = {batch: {name: cost(pipe, plan, batch, seed) for name, plan in named.items()} for batch in batches}
+        if compiled:
+            pipe.compile()
+        for batch in batches:
+            warmups, timings = take_turns(pipe, named, batch, repeats=repeats, warmup=warmup, seed=seed)
+            rows += summarize(timings, warmups, costs[batch], rate, batch, dtype_name(pipe.dtype))
     return BenchmarkResult(
         rows=tuple(rows),
         repeats=repeats,
         warmup=warmup,
-        device=device.type,
-        machine=machine_name(device),
+        compiled=compiled,
+        device=pipe.device.type,
+        machine=machine_name(pipe.device),
+        matmul_rate=rate,
         torch=torch.__version__,
-        guidance_scale=recipe.guidance_scale,
-        top_k=recipe.top_k,
-        top_p=recipe.top_p,
+        guidance_scale=pipe.recipe.guidance_scale,
+        top_k=pipe.recipe.top_k,
+        top_p=pipe.recipe.top_p,
     )
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return next((name for name, known in DTYPES.items() if known == dtype), str(dtype).removeprefix("torch."))
+
+
+def some_labels(pipe: DistilledPipeline, batch: int) -> Any:
+    """Class labels int64 [B] in turn; for a model of captions, features of which the second half is real."""
+    if pipe.num_classes:
+        return torch.arange(batch) % pipe.num_classes
+    features_BPE, mask_BP = pipe.any_model.backbone.null_labels(batch)
+    positions_P = torch.arange(mask_BP.shape[1], device=mask_BP.device)
+    real_P = (positions_P >= len(positions_P) // 2).to(mask_BP.dtype)
+    return torch.randn(features_BPE.shape, generator=seeded(0)).to(features_BPE), real_P.expand_as(mask_BP)
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def cost(pipe: DistilledPipeline, plan: Plan, batch: int, seed: int) -> Cost:
+    """The operations of one call, which is made for it."""
+    with counted() as network:
+        progress = pipe.emit(some_labels(pipe, batch), plan, seeded(seed))
+    with counted() as decode:
+        pipe.decode(progress.embeddings_BLC)
+    return Cost(network=network.count, decode=decode.count)
 
 
 def take_turns(
     pipe: DistilledPipeline, named: Mapping[str, Plan], batch: int, *, repeats: int, warmup: int, seed: int
-) -> dict[str, list[Timing]]:
-    """Repeat all plans in turns; repetition i begins with plan i modulo their number."""
-    labels_B = torch.arange(batch) % pipe.num_classes
+) -> tuple[dict[str, list[Timing]], dict[str, list[Timing]]]:
+    """Repeat all plans in turns; repetition i begins with plan i modulo their number. Warm-ups, then what counts."""
+    labels = some_labels(pipe, batch)
     names = list(named)
+    warmups: dict[str, list[Timing]] = {name: [] for name in names}
     timings: dict[str, list[Timing]] = {name: [] for name in names}
     for repetition in range(-warmup, repeats):
         first = repetition % len(names)
         for name in names[first:] + names[:first]:
-            timing = time_once(pipe, named[name], labels_B, torch.Generator().manual_seed(seed))
-            if repetition >= 0:
-                timings[name].append(timing)
-    return timings
+            timing = time_once(pipe, named[name], labels, seeded(seed))
+            (warmups if repetition < 0 else timings)[name].append(timing)
+    return warmups, timings
 
 
-def time_once(pipe: DistilledPipeline, plan: Plan, labels_B: torch.Tensor, generator: torch.Generator) -> Timing:
-    """One call from labels to uint8 images, its two parts on one clock."""
-    device = pipe.any_model.device
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
+def time_once(pipe: DistilledPipeline, plan: Plan, labels: Any, generator: torch.Generator) -> Timing:
+    """One call from labels to uint8 images, its parts on one clock."""
+    device = pipe.device
+    reset_peak(device)
     begin = clock(device)
-    progress = pipe.emit(labels_B, plan, generator)
+    progress = pipe.emit(labels, plan, generator)
     emitted = clock(device)
-    to_uint8(pipe.tokenizer.decode(progress.embeddings_BLC))
+    images_B3HW = pipe.decode(progress.embeddings_BLC)
+    decoded = clock(device)
+    to_uint8(images_B3HW)
     end = clock(device)
     return Timing(
         network_s=emitted - begin,
-        decode_s=end - emitted,
+        decode_s=decoded - emitted,
+        rest_s=end - decoded,
         peak_bytes=peak_bytes(device),
         network_evaluations=progress.network_evaluations,
     )
 
 
-def summarize(timings: Mapping[str, Sequence[Timing]], batch: int, dtype: Dtype) -> list[BenchmarkRow]:
+def summarize(
+    timings: Mapping[str, Sequence[Timing]],
+    warmups: Mapping[str, Sequence[Timing]],
+    costs: Mapping[str, Cost],
+    rate: float,
+    batch: int,
+    dtype: str,
+) -> list[BenchmarkRow]:
     """The rows of one batch size, while its number of threads is still set."""
     medians = {name: quantile([t.total_s for t in own], 50) for name, own in timings.items()}
     teacher_s = medians.get("teacher")
     rows = []
     for name, own in timings.items():
         totals = [t.total_s for t in own]
+        network_s, decode_s, rest_s = (
+            quantile(part, 50) for part in zip(*((t.network_s, t.decode_s, t.rest_s) for t in own), strict=True)
+        )
+        operations = costs[name]
+        network_rate, decode_rate = operations.network / network_s, operations.decode / decode_s
         rows.append(
             BenchmarkRow(
                 plan=name,
@@ -253,8 +325,17 @@ def summarize(timings: Mapping[str, Sequence[Timing]], batch: int, dtype: Dtype)
                 p90_s=quantile(totals, 90),
                 images_per_s=batch / medians[name],
                 peak_bytes=max(t.peak_bytes for t in own),
-                network_s=quantile([t.network_s for t in own], 50),
-                decode_s=quantile([t.decode_s for t in own], 50),
+                network_s=network_s,
+                decode_s=decode_s,
+                rest_s=rest_s,
+                network_operations=operations.network,
+                decode_operations=operations.decode,
+                network_rate=network_rate,
+                network_share=network_rate / rate,
+                decode_rate=decode_rate,
+                decode_share=decode_rate / rate,
+                floor_s=(operations.network + operations.decode) / rate,
+                warmup_s=tuple(t.total_s for t in warmups[name]),
                 speedup=None if teacher_s is None else teacher_s / medians[name],
             )
         )
@@ -263,41 +344,3 @@ def summarize(timings: Mapping[str, Sequence[Timing]], batch: int, dtype: Dtype)
 
 def quantile(values: Sequence[float], percent: float) -> float:
     return float(np.percentile(values, percent))
-
-
-def clock(device: torch.device) -> float:
-    """Seconds, when all work given to the device so far is done."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
-
-
-def peak_bytes(device: torch.device) -> int:
-    """See `BenchmarkRow.peak_bytes`."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    highest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return highest if sys.platform == "darwin" else highest * 1024  # macOS counts bytes, Linux KiB
-
-
-@contextmanager
-def thread_count(threads: int | None) -> Iterator[None]:
-    """Set torch's number of CPU threads for a while; None leaves it alone."""
-    before = torch.get_num_threads()
-    if threads is not None:
-        torch.set_num_threads(threads)
-    try:
-        yield
-    finally:
-        if threads is not None:
-            torch.set_num_threads(before)
-
-
-def machine_name(device: torch.device) -> str:
-    """What the GPU or the processor calls itself."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()

@@ -3,6 +3,8 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from torch import Tensor
+
 from ddecode.sampling import Progress
 
 CALLBACK_TENSORS = ("embeddings_BLC",)
@@ -25,13 +27,19 @@ def call_back(callback: StepCallback, pipe: Any, progress: Progress, offered: Se
     """Show a callback the tensors it asked for and take over those it returns.
 
     Raises:
-        ValueError: it returns another tensor, or one of another shape.
+        ValueError: it returns no dict of tensors, another tensor, or one of another shape.
     """
     tensors = {name: getattr(progress, name) for name in offered}
-    returned = callback(pipe, progress.network_evaluations - 1, progress.resolved, tensors) or {}
+    returned = callback(pipe, progress.network_evaluations - 1, progress.resolved, tensors)
+    if returned is None:
+        return
+    if not isinstance(returned, Mapping):
+        raise ValueError(f"callback_on_step_end must return a dict of tensors or None, got {type(returned).__name__}")
     check_tensors(tuple(returned))
     for name, tensor in returned.items():
         before = getattr(progress, name)
+        if not isinstance(tensor, Tensor):
+            raise ValueError(f"callback_on_step_end returned {name}, which is no tensor but {type(tensor).__name__}")
         if tensor.shape != before.shape:
             raise ValueError(f"callback_on_step_end returned {name} {tuple(tensor.shape)} for {tuple(before.shape)}")
         setattr(progress, name, tensor.to(before))

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
-from ddecode.checkpoint import PARTS, ModelFolder
+from ddecode.checkpoint import PARTS, RECIPE, ModelFolder
 from ddecode.evaluation.results import figure, read_result
 from ddecode.files import write_aside
 
@@ -69,11 +69,10 @@ def write_card(folder: Path, card: Card, *, model: str) -> Path:
         ValueError: the folder or the result is damaged. Nothing is written then.
     """
     opened = ModelFolder.open(folder)
-    source = card.recipe or folder / "recipe.yaml"
-    recipe = source.read_text() if source.is_file() else None
+    recipe = opened.training_recipe() if card.recipe is None else card.recipe.read_text()
     text = front_matter(opened, card) + "\n\n".join(sections(opened, card, model, recipe)) + "\n"
     if recipe is not None:
-        write_aside(folder / "recipe.yaml", recipe.encode())
+        write_aside(folder / RECIPE, recipe.encode())
     write_aside(folder / "README.md", text.encode())
     return folder / "README.md"
 
@@ -134,13 +133,16 @@ def sizes(model: ModelFolder) -> dict[str, str]:
     if not model.weights.is_file():
         raise ValueError(f"{model.path} has no model.safetensors")
     found: dict[str, str] = {}
-    with safe_open(model.weights, "pt") as file:
-        slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
-        for part in PARTS:
-            own = [piece for key, piece in slices.items() if key.startswith(f"{part}.")]
-            if own:
-                types = ", ".join(sorted({piece.get_dtype() for piece in own}))
-                found[part] = f"{sum(math.prod(piece.get_shape()) for piece in own):,} ({types})"
+    try:
+        with safe_open(model.weights, "pt") as file:
+            slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
+            for part in PARTS:
+                own = [piece for key, piece in slices.items() if key.startswith(f"{part}.")]
+                if own:
+                    types = ", ".join(sorted({piece.get_dtype() for piece in own}))
+                    found[part] = f"{sum(math.prod(piece.get_shape()) for piece in own):,} ({types})"
+    except SafetensorError as error:
+        raise ValueError(f"{model.weights} is damaged: {error}") from None
     return found
 
 

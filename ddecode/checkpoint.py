@@ -17,23 +17,26 @@ from types import ModuleType
 from typing import Any, TypedDict
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ddecode.config import as_dict, build
-from ddecode.files import placed, write_aside
+from ddecode.files import placed, read_json, read_tensors, write_aside
 from ddecode.student import Student
 from ddecode.teacher import Recipe, Teacher
 from ddecode.types import Tokenizer
+from ddecode.yaml_text import read_text
 
 FAMILIES = {"llamagen": "third_party_loaders.llamagen", "var": "third_party_loaders.var"}
 """By family, the module that builds its tokenizers, teachers and students."""
 FORMAT = 1
 PARTS = ("tokenizer", "teacher", "student")
 MODEL_FILES = ("config.json", "model.safetensors")
-CARD_FILES = ("README.md", "recipe.yaml")
+RECIPE = "recipe.yaml"
+"""The recipe of the distillation, as YAML, where it is known."""
+CARD_FILES = ("README.md", RECIPE)
 DD1_OPTIONS = {"starts": tuple[int, ...], "split": int}
+DD2_OPTIONS = {"starts": tuple[int, ...], "head_depth": int}
 DRAFT_OPTIONS = {
     "starts": tuple[int, ...], "drafts": tuple[int, ...], "joins": int, "num_steps": int, "draft_steps": int,
 }  # fmt: skip
@@ -121,14 +124,27 @@ def find_model(model: str | Path, access: HubAccess | None = None) -> Path:
 def download(hub_id: str, access: HubAccess | None = None) -> Path:
     """Fetch a model from the hub, or find it in the hub's cache."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        folder = snapshot_download(hub_id, allow_patterns=list(MODEL_FILES), **asdict(access or HubAccess()))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"no local folder {hub_id!r}, and the hub does not give it: {reason}") from None
+        folder = snapshot_download(hub_id, allow_patterns=[*MODEL_FILES, RECIPE], **asdict(access or HubAccess()))
+    except hub_errors() as error:
+        raise ValueError(f"no local folder {hub_id!r}, and the hub does not give it: {first_line(error)}") from None
+    if not (Path(folder) / "config.json").is_file():
+        raise ValueError(f"{hub_id} is no model: it has no config.json")
     return Path(folder)
+
+
+def hub_errors() -> Any:
+    """What the hub and the way there raise."""
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    # the bases hold the HTTP client's own error; which client it is depends on the version of huggingface_hub
+    return (*HfHubHTTPError.__bases__, HFValidationError, LocalEntryNotFoundError, OSError)
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, or its kind if it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def upload(
@@ -157,12 +173,9 @@ def upload(
         ValueError: the folder lacks a file or its card, or the hub refuses.
     """
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     if missing := [name for name in (*MODEL_FILES, "README.md") if not (folder / name).is_file()]:
         raise ValueError(f"{folder} has no {', '.join(missing)}: see DistilledPipeline.save_pretrained and its card")
-    # the bases hold the HTTP client's own error; which client it is depends on the version of huggingface_hub
-    refusals: Any = (*HfHubHTTPError.__bases__, HFValidationError, OSError)
     try:
         api = HfApi(token=token)
         whole_id = api.create_repo(hub_id, private=private, exist_ok=True).repo_id
@@ -173,8 +186,8 @@ def upload(
             commit_message=commit_message,
             create_pr=create_pr,
         )
-    except refusals as error:
-        raise ValueError(f"the hub does not take {hub_id!r}: {str(error).strip().splitlines()[0]}") from None
+    except hub_errors() as error:
+        raise ValueError(f"the hub does not take {hub_id!r}: {first_line(error)}") from None
     return commit.pr_url or commit.commit_url
 
 
@@ -193,13 +206,10 @@ class ModelFolder:
             ValueError: it does not exist, or its config is damaged or of another format.
         """
         path = find_model(model, access)
-        try:
-            config = json.loads((path / "config.json").read_text())
-        except (json.JSONDecodeError, UnicodeDecodeError):
-            raise ValueError(f"{path / 'config.json'} is damaged: it is no JSON") from None
+        config = read_json(path / "config.json")
         if not isinstance(config, dict) or config.get("format") != FORMAT:
             raise ValueError(f"{path / 'config.json'} is no ddecode model of format {FORMAT}")
-        if "family" not in config:
+        if not isinstance(config.get("family"), str):
             raise ValueError(f"{path / 'config.json'} lacks family")
         return cls(path=path, config=config)
 
@@ -211,6 +221,11 @@ class ModelFolder:
     def family(self) -> ModuleType:
         return family_module(self.config["family"])
 
+    def training_recipe(self) -> str | None:
+        """The YAML of the distillation, where it is known."""
+        path = self.path / RECIPE
+        return read_text(path) if path.is_file() else None
+
     def has(self, part: str) -> bool:
         return part in self.config
 
@@ -218,7 +233,7 @@ class ModelFolder:
         if part not in self.config:
             hint = ": convert it again with --tokenizer" if part == "tokenizer" else ""
             raise ValueError(f"{self.path.name} has no {part}{hint}")
-        return self.config[part]
+        return build(dict[str, Any], self.config[part], part)
 
     def state(self, part: str) -> dict[str, Tensor]:
         """One part's tensors, as stored.
@@ -226,18 +241,7 @@ class ModelFolder:
         Raises:
             ValueError: the weights are missing or damaged.
         """
-        if not self.weights.is_file():
-            raise ValueError(f"{self.path} has no model.safetensors")
-        prefix = f"{part}."
-        try:
-            with safe_open(self.weights, "pt") as file:
-                return {
-                    key.removeprefix(prefix): file.get_tensor(key)
-                    for key in sorted(file.keys())
-                    if key.startswith(prefix)
-                }
-        except SafetensorError as error:
-            raise ValueError(f"{self.weights} is damaged: {error}") from None
+        return read_tensors(self.weights, f"{part}.")
 
     def tokenizer(self) -> Tokenizer:
         return self.family.build_tokenizer(self.tokenizer_sizes(), self.state("tokenizer"))
@@ -269,7 +273,9 @@ class ModelFolder:
     def student_options(self) -> dict[str, Any]:
         """What the config says of the student beside its backbone; see `Student.options`."""
         group = {key: value for key, value in self.require("student").items() if key != "backbone"}
-        kinds: dict[str, Any] = DRAFT_OPTIONS if "drafts" in group else DD1_OPTIONS
+        kinds: dict[str, Any] = DD1_OPTIONS
+        if "drafts" in group or "head_depth" in group:
+            kinds = DRAFT_OPTIONS if "drafts" in group else DD2_OPTIONS
         if set(group) != set(kinds):
             raise ValueError(f"the student group of {self.path.name} must hold {', '.join(['backbone', *kinds])}")
         return {key: build(kinds[key], value, f"student.{key}") for key, value in group.items()}

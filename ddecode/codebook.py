@@ -1,12 +1,36 @@
 """Nearest codes by matrix product.
 
-V codes of width C; any leading shape.
+V codes of width C; any leading shape. B batch, L token positions.
 """
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+
+from ddecode.arguments import check_ids, shown
 
 ROWS_PER_CHUNK = 16384
+
+
+def code_vectors(tokens: Tensor, codebook_VC: Tensor) -> Tensor:
+    """What a tokenizer decodes.
+
+    Args:
+        tokens: ids int64 [B,L], or embeddings float [B,L,C].
+        codebook_VC: float [V,C].
+
+    Returns:
+        The ids' codes, or the embeddings, fp32 [B,L,C].
+
+    Raises:
+        ValueError: they are neither, or an id is no code's.
+    """
+    if not isinstance(tokens, Tensor) or not tokens.is_floating_point():
+        check_ids(tokens, len(codebook_VC))
+        return F.embedding(tokens, codebook_VC)
+    if tokens.dim() != 3 or tokens.shape[2] != codebook_VC.shape[1]:
+        raise ValueError(f"embeddings must be [B, L, {codebook_VC.shape[1]}], got {shown(tokens)}")
+    return tokens.float()
 
 
 def nearest_code(vectors: Tensor, codebook_VC: Tensor) -> Tensor:

@@ -4,16 +4,17 @@ import dataclasses
 import difflib
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-import yaml
-
+from ddecode.arguments import LARGEST_SEED, check_finite, check_whole, shown
 from ddecode.teacher import Recipe
+from ddecode.yaml_text import as_text, parse_yaml, read_yaml
 
 T = TypeVar("T")
+ReporterName = Literal["tensorboard", "wandb"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,18 +42,24 @@ class TrainingConfig:
     save_every: int = 500
     preview_every: int = 0
     """Steps between sample grids; 0 is none."""
+    report_to: tuple[ReporterName, ...] = ()
+    """Who shows the run beside its `log.jsonl` (`ddecode.reporters`); it may change when the run goes on."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch", "log_every", "save_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"training.{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("warmup_steps", "preview_every", "final_lr", "weight_decay"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"training.{name} must be at least 0, got {getattr(self, name)}")
-        if not self.lr > 0:
-            raise ValueError(f"training.lr must be above 0, got {self.lr}")
-        if not 0 <= self.ema_decay < 1:
-            raise ValueError(f"training.ema_decay must lie in [0, 1), got {self.ema_decay}")
+            check_whole(f"training.{name}", getattr(self, name), 1)
+        for name in ("warmup_steps", "preview_every"):
+            check_whole(f"training.{name}", getattr(self, name), 0)
+        check_whole("training.seed", self.seed, 0, LARGEST_SEED)
+        for name in ("lr", "clip_norm"):
+            check_above("training." + name, getattr(self, name))
+        for name in ("final_lr", "weight_decay"):
+            check_weight(f"training.{name}", getattr(self, name))
+        for name, value in (("ema_decay", self.ema_decay), *(("betas", beta) for beta in self.betas)):
+            if not 0 <= value < 1:
+                raise ValueError(f"training.{name} must lie in [0, 1), got {value}")
+        if len(set(self.report_to)) < len(self.report_to):
+            raise ValueError(f"training.report_to names one twice: {', '.join(self.report_to)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,8 +78,8 @@ class PairsConfig:
 
     def __post_init__(self) -> None:
         for name in ("num", "num_steps", "batch", "shard_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"pairs.{name} must be at least 1, got {getattr(self, name)}")
+            check_whole(f"pairs.{name}", getattr(self, name), 1)
+        check_whole("pairs.seed", self.seed, 0, LARGEST_SEED)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,22 +99,25 @@ class StudentConfig:
     """Layers that the positions of the last AR step leave out, 0 or one of `drafts`: cheaper, at some cost."""
     draft_steps: int = 8
     """Evaluations of the map at a draft; where the tokens are made, those of the pairs."""
+    diffusion_head: int | None = None
+    """None, or DD2's student (`ddecode.dd2_student`): blocks of the head that goes from noise to a vector. It has
+    neither `split` nor `drafts`, and no logits."""
     initial: str = "teacher"
-    """Where its weights come from: `teacher`, `random`, or a model whose student it goes on from."""
+    """Where its weights come from: `teacher`, `random`, `tuning` (the end of `objective.score.tuning`, for DD2's
+    student), or a model whose student it goes on from."""
 
     def __post_init__(self) -> None:
         if not self.starts or self.starts[0] != 0 or list(self.starts) != sorted(set(self.starts)):
             raise ValueError(f"student.starts must begin with 0 and rise, got {list(self.starts)}")
-        if self.depth is not None and self.depth < 1:
-            raise ValueError(f"student.depth must be at least 1, got {self.depth}")
-        if self.split is not None and self.split < 0:
-            raise ValueError(f"student.split must be at least 0, got {self.split}")
-        if self.drafts is not None and self.split is not None:
-            raise ValueError("student.split is for students without student.drafts: with them all are tokens")
+        for name, lowest in (("depth", 1), ("split", 0), ("diffusion_head", 1), ("draft_steps", 1)):
+            if getattr(self, name) is not None:
+                check_whole(f"student.{name}", getattr(self, name), lowest)
+        if sum(kind is not None for kind in (self.split, self.drafts, self.diffusion_head)) > 1:
+            raise ValueError("student.split, student.drafts and student.diffusion_head are three kinds: give one")
         if self.joins not in (0, *(self.drafts or ())):
             raise ValueError(f"student.joins must be 0 or one of student.drafts, got {self.joins}")
-        if self.draft_steps < 1:
-            raise ValueError(f"student.draft_steps must be at least 1, got {self.draft_steps}")
+        if self.initial == "tuning" and (self.diffusion_head is None or self.depth is not None):
+            raise ValueError("student.initial: tuning is for a student with diffusion_head and all layers")
 
 
 Weight = float | dict[float, float]
@@ -123,12 +133,20 @@ def weight_at(weight: Weight, progress: float) -> float:
 
 
 def check_weight(name: str, weight: Weight) -> None:
-    """Raises ValueError: a weight is negative, or holds from a share of the run that it does not have."""
-    values = weight.values() if isinstance(weight, dict) else [weight]
-    if not all(value >= 0 for value in values):
-        raise ValueError(f"{name} must be at least 0, got {weight}")
-    if isinstance(weight, dict) and not all(0 <= share < 1 for share in weight):
+    """Raises ValueError: a weight is negative or infinite, or holds from a share of the run that it does not have."""
+    for value in weight.values() if isinstance(weight, dict) else [weight]:
+        check_finite(name, value)
+        if value < 0:
+            raise ValueError(f"{name} must be at least 0, got {weight}")
+    if isinstance(weight, dict) and not (weight and all(0 <= share < 1 for share in weight)):
         raise ValueError(f"{name}: shares of the run must lie in [0, 1), got {list(weight)}")
+
+
+def check_above(name: str, value: float) -> None:
+    """Raises ValueError: it is not finite or not above 0."""
+    check_finite(name, value)
+    if not value > 0:
+        raise ValueError(f"{name} must be above 0, got {value}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,8 +164,8 @@ class AdversarialConfig:
 
     def __post_init__(self) -> None:
         check_weight("objective.adversarial.weight", self.weight)
-        if not self.lr > 0 or self.width < 1:
-            raise ValueError(f"objective.adversarial: lr and width must be above 0, got {self.lr} and {self.width}")
+        check_above("objective.adversarial.lr", self.lr)
+        check_whole("objective.adversarial.width", self.width, 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,11 +194,11 @@ class ScoreConfig:
     def __post_init__(self) -> None:
         check_weight("objective.score.weight", self.weight)
         for name in ("draws", "guidance_draws", "updates"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"objective.score.{name} must be at least 1, got {getattr(self, name)}")
-        if not self.lr > 0:
-            raise ValueError(f"objective.score.lr must be above 0, got {self.lr}")
-        if self.align_every and not 0 <= self.align_steps < self.align_every:
+            check_whole(f"objective.score.{name}", getattr(self, name), 1)
+        for name in ("align_every", "align_steps"):
+            check_whole(f"objective.score.{name}", getattr(self, name), 0)
+        check_above("objective.score.lr", self.lr)
+        if self.align_every and not self.align_steps < self.align_every:
             raise ValueError(f"objective.score.align_steps must lie in 0..{self.align_every - 1}")
 
     def realigns(self, step: int) -> bool:
@@ -229,10 +247,10 @@ class ObjectiveConfig:
     def __post_init__(self) -> None:
         for name in ("logits", "drafts", "embeddings", "perceptual", "energy", "own_prefix"):
             check_weight(f"objective.{name}", getattr(self, name))
-        if not self.cache_gib >= 0:
-            raise ValueError(f"objective.cache_gib must be at least 0, got {self.cache_gib}")
-        if self.image_batch < 2:
-            raise ValueError(f"objective.image_batch must be at least 2, got {self.image_batch}")
+        if max(self.own_prefix.values() if isinstance(self.own_prefix, dict) else [self.own_prefix]) > 1:
+            raise ValueError(f"objective.own_prefix must be a share of at most 1, got {self.own_prefix}")
+        check_weight("objective.cache_gib", self.cache_gib)
+        check_whole("objective.image_batch", self.image_batch, 2)
 
     @property
     def uses_teacher_probabilities(self) -> bool:
@@ -254,6 +272,8 @@ class DistillConfig:
     student: StudentConfig
     objective: ObjectiveConfig
     training: TrainingConfig
+    own_teacher: dict[str, Any] = field(default_factory=dict)
+    """How `ddecode train` makes the teacher of images (`ddecode.own_teacher`); nothing to the other verbs."""
     expected: dict[str, Any] = field(default_factory=dict)
     """Measured metrics with protocol, hardware and date, or the words `not yet measured`; for people."""
 
@@ -263,6 +283,13 @@ class DistillConfig:
                 "objective.targets: probabilities is for a student with student.drafts; another's token follows from "
                 "its noise"
             )
+        if self.student.diffusion_head is not None and self.objective.logits:
+            raise ValueError(
+                "a student with student.diffusion_head has no logits: set objective.logits to 0; objective.embeddings "
+                "regresses its vectors"
+            )
+        if self.student.initial == "tuning" and not (self.objective.score.weight and self.objective.score.tuning):
+            raise ValueError("student.initial: tuning needs objective.score with a weight and tuning, which trains it")
 
 
 def read_config(path: Path, config_type: type[T], overrides: Sequence[str] = ()) -> T:
@@ -275,27 +302,15 @@ def read_config(path: Path, config_type: type[T], overrides: Sequence[str] = ())
     Raises:
         ValueError: the file is missing or no mapping, a key is unknown, missing or of the wrong type.
     """
-    if not path.is_file():
-        raise ValueError(f"no config file {path}")
-    try:
-        tree = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())}") from None
+    tree = read_yaml(path)
     if not isinstance(tree, dict):
         raise ValueError(f"{path} must hold a mapping of keys to values")
     for override in overrides:
         key, found, text = override.partition("=")
         if not found:
             raise ValueError(f"override {override!r} must read key.path=value")
-        set_key(tree, key.split("."), parse_scalar(override, text))
+        set_key(tree, key.split("."), parse_yaml(text, f"override {shown(override)}: the value"))
     return build(config_type, tree, "")
-
-
-def parse_scalar(override: str, text: str) -> Any:
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise ValueError(f"override {override!r}: the value is no YAML") from None
 
 
 def set_key(tree: dict[str, Any], keys: list[str], value: Any) -> None:
@@ -321,20 +336,23 @@ def build(kind: Any, value: Any, where: str) -> Any:
             value = "no"
         if value in args:
             return value
-        raise ValueError(f"{where} must be one of {', '.join(map(str, args))}, got {value!r}")
+        raise ValueError(f"{where} must be one of {', '.join(map(str, args))}, got {shown(value)}")
     if origin is tuple:
         if not isinstance(value, list | tuple) or (args[-1] is not ... and len(args) != len(value)):
-            raise ValueError(f"{where} must be a list, got {value!r}")
+            raise ValueError(f"{where} must be a list, got {shown(value)}")
         return tuple(build(args[0], v, f"{where}[{i}]") for i, v in enumerate(value))
     if kind is float and isinstance(value, str):
         value = as_number(value)
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+    if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
+        check_finite(where, value)
         return float(value)
     if origin is dict and args[1] is not Any and isinstance(value, dict):
         return {build(args[0], k, f"{where} key"): build(args[1], v, f"{where}.{k}") for k, v in value.items()}
     expected = dict if origin is dict else kind
     if not isinstance(value, expected) or (isinstance(value, bool) and expected is not bool):
-        raise ValueError(f"{where} must be {expected.__name__}, got {value!r}")
+        raise ValueError(f"{where} must be {expected.__name__}, got {shown(value)}")
+    if kind is int:
+        check_whole(where, value, -LARGEST_SEED, LARGEST_SEED)
     return value
 
 
@@ -348,7 +366,7 @@ def as_number(text: str) -> float | str:
 
 def build_dataclass(kind: Any, value: Any, where: str) -> Any:
     if not isinstance(value, dict):
-        raise ValueError(f"{where or 'the config'} must be a group of keys, got {value!r}")
+        raise ValueError(f"{where or 'the config'} must be a group of keys, got {shown(value)}")
     hints = typing.get_type_hints(kind)
     names = [f.name for f in dataclasses.fields(kind)]
     dot = f"{where}." if where else ""
@@ -367,3 +385,15 @@ def build_dataclass(kind: Any, value: Any, where: str) -> Any:
 def as_dict(config: Any) -> dict[str, Any]:
     """A config as plain data for JSON."""
     return dataclasses.asdict(config)
+
+
+def decisive(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Configs as plain data, at any depth without what changes nothing about a training: a recipe's notes, what it says
+    of an own teacher, which is known by its weights, and every `report_to`."""
+    kept = {key: value for key, value in tree.items() if key not in ("expected", "own_teacher", "report_to")}
+    return {key: decisive(value) if isinstance(value, dict) else value for key, value in kept.items()}
+
+
+def as_yaml(config: Any) -> str:
+    """A config as `read_config` reads it, with all that it left to defaults."""
+    return as_text(as_dict(config))

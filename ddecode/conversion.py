@@ -6,7 +6,6 @@ neither: they come out in the published layout, with upstream's derived buffers 
 """
 
 import dataclasses
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,7 +17,8 @@ import torch
 from torch import Tensor
 
 from ddecode.checkpoint import ModelFolder, bundled_models, download, family_module, loaders, save_tensors, write_model
-from ddecode.config import StudentConfig
+from ddecode.config import StudentConfig, build
+from ddecode.files import read_json
 from ddecode.student import DD1Student
 
 KINDS = ("var", "llamagen", "dd1-var", "dd1-llamagen")
@@ -80,10 +80,7 @@ def open_model(source: str) -> ModelFolder | None:
     config = path / "config.json"
     if not config.is_file():
         return None
-    try:
-        tree = json.loads(config.read_text())
-    except ValueError:
-        return ModelFolder.open(path)  # says what is wrong
+    tree = read_json(config)
     return ModelFolder.open(path) if isinstance(tree, dict) and {"format", "family"} & tree.keys() else None
 
 
@@ -241,11 +238,11 @@ def upstream_state(model: ModelFolder, kind: str) -> dict[str, Tensor]:
     """
     adapter = adapter_of(kind)
     part = adapter.part
-    if part == "student" and "drafts" in model.require(part):
-        raise ValueError(f"the student of {model.path.name} drafts its tokens: upstream's layout cannot hold that")
+    if part == "student" and "split" not in model.require(part):
+        raise ValueError(f"the student of {model.path.name} is not DD1's: upstream's layout cannot hold it")
     sizes = model.tokenizer_sizes() if part == "tokenizer" else model.backbone_sizes(part)
     state = adapter.upstream(model.state(part), sizes) | model.state(f"upstream.{part}")
-    absent = model.config.get("upstream", {}).get("absent", [])
+    absent = build(dict[str, tuple[str, ...]], model.config.get("upstream", {}), "upstream").get("absent", ())
     return {name: tensor for name, tensor in state.items() if f"{part}.{name}" not in absent}
 
 

@@ -151,7 +151,8 @@ HEADER = ["", "passes", "FD to real", "ratio", "E", "label accuracy", "variance"
 
 
 def cells(name: str, row: ZooRow) -> list[str]:
-    assert row.ratio is not None and row.control_share is not None and row.variance is not None
+    assert row.ratio is not None and row.control_share is not None
+    assert row.accuracy is not None and row.variance is not None
     return [
         name,
         str(row.network_evaluations or "-"),

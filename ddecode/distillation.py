@@ -1,28 +1,35 @@
 """Distilling a teacher from its pairs: the recipe assembled.
 
 The run folder holds `log.jsonl`, `checkpoint/` (to go on from) and the one before it, `previews/`, `tuning/` (the first
-stage of a score term), `positives/` (tokens of the images of an adversarial term) and, in the end, `model/`: tokenizer,
-teacher and student in our directory format.
+stage of a score term), `positives/` (tokens of the images of an adversarial term), what `training.report_to` keeps and,
+in the end, `model/`: tokenizer, teacher and student in our directory format, with the recipe.
 """
 
 from pathlib import Path
 
-from accelerate import PartialState
 from torch import nn
 
-from ddecode.checkpoint import ModelFolder, save_model, zoo_folder
-from ddecode.config import DistillConfig, ScoreConfig, as_dict
-from ddecode.evaluation.features import load_features
-from ddecode.locks import held, meet
-from ddecode.objectives.positives import LabelledImages, Positives, encode_images, read_positives
+from ddecode.checkpoint import RECIPE, ModelFolder, save_model
+from ddecode.config import DistillConfig, ScoreConfig, as_dict, as_yaml
+from ddecode.dd2_student import HEAD_DEPTH, DD2Student
+from ddecode.evaluation.features import features_folder, load_features
+from ddecode.files import write_aside
+from ddecode.labelled_images import LabelledImages
+from ddecode.locks import held
+from ddecode.objectives.positives import Positives, encode_images, read_positives
 from ddecode.objectives.score import ARDiffusion, ScoreTerm, TuningObjective
 from ddecode.objectives.student import StudentObjective
 from ddecode.pairs import ForcedPairs, Pairs
 from ddecode.previews import Preview
+from ddecode.processes import launch, meet, rank, world
 from ddecode.randomness import fresh_weights
+from ddecode.reporters import check_reporters
 from ddecode.student import Student
 from ddecode.teacher import Teacher
 from ddecode.training import Samples, train
+
+WITHOUT_MODEL = ("teacher", "random", "tuning")
+"""Values of `student.initial` that name no model."""
 
 
 def make_student(folder: ModelFolder, teacher: Teacher, config: DistillConfig) -> Student:
@@ -33,17 +40,20 @@ def make_student(folder: ModelFolder, teacher: Teacher, config: DistillConfig) -
     """
     shape, family = config.student, folder.family
     options: dict[str, object] = {"starts": shape.starts}
-    if shape.drafts is None:
+    if shape.diffusion_head is not None:
+        options["head_depth"] = shape.diffusion_head
+    elif shape.drafts is None:
         options["split"] = teacher.length if shape.split is None else shape.split
     else:
         steps = {"num_steps": config.pairs.num_steps, "draft_steps": shape.draft_steps}
         options |= {"drafts": shape.drafts, "joins": shape.joins, **steps}
-    sizes = family.student_config(teacher, shape.depth, drafting=shape.drafts is not None)
+    shifted = shape.drafts is not None or shape.diffusion_head is not None
+    sizes = family.student_config(teacher, shape.depth, shifted=shifted)
     with fresh_weights(config.training.seed):
         student: Student = family.build_student(sizes, teacher.tokenizer, None, **options)
         if shape.initial == "teacher":
             student.initialize_from(teacher)
-    if shape.initial not in ("teacher", "random"):
+    if shape.initial not in WITHOUT_MODEL:
         source = initial_model(config)
         assert source is not None
         source.require("student")
@@ -59,7 +69,7 @@ def make_student(folder: ModelFolder, teacher: Teacher, config: DistillConfig) -
 def initial_model(config: DistillConfig) -> ModelFolder | None:
     """The model whose student this one goes on from, if any."""
     initial = config.student.initial
-    return None if initial in ("teacher", "random") else ModelFolder.open(initial)
+    return None if initial in WITHOUT_MODEL else ModelFolder.open(initial)
 
 
 def make_score_term(
@@ -69,13 +79,14 @@ def make_score_term(
     run: Path,
     *,
     seed: int,
+    head_depth: int,
     identity: dict[str, object],
     resume: bool,
     show_progress: bool,
 ) -> ScoreTerm:
     """DD2's score term; its guidance network goes through the first stage in the folder `run`, if there is one."""
     with fresh_weights(seed):
-        guidance: nn.Module = ARDiffusion.from_teacher(teacher)
+        guidance: nn.Module = ARDiffusion.from_teacher(teacher, depth=head_depth)
     if config.tuning is not None:
         objective = TuningObjective(teacher, guidance, target=config.target, draws=config.guidance_draws)  # type: ignore[arg-type]
         guidance = train(
@@ -88,17 +99,9 @@ def make_score_term(
 
 def make_positives(teacher: Teacher, images: LabelledImages, folder: Path, *, show_progress: bool = True) -> Positives:
     """Tokens of real images, kept in the run's `folder` so that they are made once, by all processes together."""
-    state = PartialState()
-    rank, world = state.process_index, state.num_processes
-    encode_images(images, teacher, folder, rank=rank, world=world, show_progress=show_progress)
+    encode_images(images, teacher, folder, rank=rank(), world=world(), show_progress=show_progress)
     meet()
     return read_positives(images, folder)
-
-
-def features_folder(name: str) -> Path:
-    """A bundled feature network's folder, or the folder named."""
-    bundled = zoo_folder() / "features" / name
-    return bundled if bundled.is_dir() else Path(name)
 
 
 def freeze(*parts: object) -> None:
@@ -123,10 +126,13 @@ def distill(
 
     Raises:
         ValueError: pairs of another teacher or, for a drafting student, of another map; damaged shards or a damaged
-            checkpoint; a run that is there already, or is at work there; a folder of images that does not fit.
+            checkpoint; a run that is there already, or is at work there; a folder of images that does not fit; a
+            library of `training.report_to` that is missing.
         OSError: the disk is full, say. The last checkpoint is whole then.
     """
-    with held(run, leader=PartialState().is_main_process):
+    for stage in (config.training, config.objective.score.tuning):
+        check_reporters(() if stage is None else stage.report_to)
+    with held(run):
         return distill_alone(config, pairs_folder, run, resume=resume, show_progress=show_progress)
 
 
@@ -140,14 +146,16 @@ def distill_alone(config: DistillConfig, pairs_folder: Path, run: Path, *, resum
             f"{pairs_folder} was made with {made_with} evaluations of the map, and a drafting student makes its tokens "
             f"with the recipe's pairs.num_steps, {told}: set it to {made_with}"
         )
-    teacher = folder.teacher().to(PartialState().device)
+    teacher = folder.teacher().to(launch().device)
+    if pairs.shape != (teacher.length, teacher.codebook_VC.shape[1], teacher.num_classes):
+        raise ValueError(f"{pairs_folder / 'manifest.json'} is damaged: its sizes are not the teacher's")
     student = make_student(folder, teacher, config)
     freeze(teacher.backbone, teacher.tokenizer)
     objective = config.objective
     features = load_features(features_folder(objective.features)) if objective.uses_images else None
     initial = initial_model(config)
     identity: dict[str, object] = {
-        "config": {key: value for key, value in as_dict(config).items() if key != "expected"},
+        "config": as_dict(config),
         "teacher": folder.teacher_hash(),
         "initial": None if initial is None else initial.weights_hash("student"),
         "pairs": len(pairs),
@@ -162,8 +170,12 @@ def distill_alone(config: DistillConfig, pairs_folder: Path, run: Path, *, resum
     if objective.score.weight:
         score = make_score_term(
             teacher, pairs, objective.score, run / "tuning",
-            seed=config.training.seed, identity=identity, resume=resume, show_progress=show_progress,
+            seed=config.training.seed, head_depth=config.student.diffusion_head or HEAD_DEPTH,
+            identity=identity, resume=resume, show_progress=show_progress,
         )  # fmt: skip
+        if config.student.initial == "tuning":
+            assert isinstance(student, DD2Student)
+            student.initialize_from_tuned(module(score.guidance.backbone), score.guidance.head)
     with fresh_weights(config.training.seed):
         weighted = StudentObjective(student, objective, features=features, score=score, positives=positives)
     samples: Samples = pairs
@@ -184,10 +196,11 @@ def distill_alone(config: DistillConfig, pairs_folder: Path, run: Path, *, resum
         show_progress=show_progress,
     )
     assert isinstance(ema, Student)
-    if PartialState().is_main_process:
+    if rank() == 0:
         save_model(run / "model", model_config(folder, ema, config), {
             "tokenizer": module(teacher.tokenizer), "teacher": module(teacher.backbone), "student": ema,
         })  # fmt: skip
+        write_aside(run / "model" / RECIPE, as_yaml(config).encode())
     return run / "model"
 
 

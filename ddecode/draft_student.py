@@ -14,21 +14,20 @@ the last one, as in Jacobi decoding, and all of it is one pass of the network.
 B batch, L token positions, M input positions behind the condition, V codes, C code width, D model width.
 """
 
-from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ddecode.codebook import nearest_code
 from ddecode.flow import FlowGrid, flow_grid, noise_to_tokens
-from ddecode.student import Student, straight_through
+from ddecode.shifted_student import ShiftedStudent
+from ddecode.student import straight_through
 from ddecode.teacher import Teacher
 from ddecode.types import Backbone, Labels, Prediction, Tokenizer
 
 
-class DraftStudent(Student):
+class DraftStudent(ShiftedStudent):
     """Predicts its teacher's probabilities from noise; the exact map makes the tokens.
 
     Args:
@@ -60,12 +59,7 @@ class DraftStudent(Student):
         if min(num_steps, draft_steps) < 1:
             raise ValueError(f"the map needs at least 1 evaluation, got {num_steps} and {draft_steps}")
         self.drafts, self.joins, self.num_steps, self.draft_steps = drafts, joins, num_steps, draft_steps
-        width, code_width = backbone.width, tokenizer.codebook_VC.shape[1]
-        self.noise_map = nn.Linear(code_width, width)
-        self.draft_maps = nn.ModuleList(nn.Linear(width, width, bias=False) for _ in drafts)
-        begins = [0, *accumulate(backbone.steps)][1:-1]
-        self.known = tuple(begin for begin, n in zip(begins, backbone.steps[1:], strict=True) for _ in range(n))
-        """By input position behind the condition, the number of tokens it knows."""
+        self.draft_maps = nn.ModuleList(nn.Linear(backbone.width, backbone.width, bias=False) for _ in drafts)
         self._grids: dict[int, FlowGrid] = {}
 
     def options(self) -> dict[str, Any]:
@@ -124,23 +118,18 @@ class DraftStudent(Student):
         """Logits fp32 [B,N,V]: of each draft, without the last AR step that takes part, which nothing reads; at last of
         the tokens wanted, from the last block."""
         backbone = self.backbone
-        reach = self.reach(min(max(wanted.stop, backbone.steps[0] + 1), self.length))
-        read = max(begin for begin in (0, *self.known) if begin < reach)
-        condition = backbone.condition(labels_B)
-        sequence_BNC = sequence_BLC[:, :read]
-        resolved_BN = torch.arange(read, device=start_B.device) < start_B[:, None]
-        ids_BN = nearest_code(sequence_BNC, self.codebook_VC)
-        whole = torch.cat([condition.prefix_BPD, self.inputs(sequence_BNC, ids_BN, resolved_BN, start_B)], 1)
-        first = whole.shape[1] - reach  # where the first token is read off
-        joins = self.joins if reach == self.length else 0
+        opening = self.opening(sequence_BLC, labels_B, start_B, wanted.stop)
+        condition, whole, first = opening.condition, opening.inputs_BND, opening.first
+        ids_BN, read = opening.ids_BN, opening.ids_BN.shape[1]
+        joins = self.joins if whole.shape[1] - first == self.length else 0
         hidden = whole[:, : first + read] if joins else whole
         logits, done = [], 0
         for after, draft_map in zip(self.drafts, self.draft_maps, strict=True):
             hidden = backbone.hidden(hidden, condition, blocks=range(done, after))
             logits.append(backbone.logits(hidden[:, first : first + read], condition))
             with torch.no_grad():
-                drafted_BN = self.tokens(sequence_BNC, logits[-1], self.draft_steps)
-                ids_BN = torch.where(resolved_BN, ids_BN, drafted_BN)
+                drafted_BN = self.tokens(opening.sequence_BNC, logits[-1], self.draft_steps)
+                ids_BN = torch.where(opening.resolved_BN, ids_BN, drafted_BN)
             if after == joins:
                 hidden = torch.cat([hidden, whole[:, first + read :]], 1)
             known_BMD = backbone.token_inputs(ids_BN)
@@ -150,12 +139,6 @@ class DraftStudent(Student):
         hidden = backbone.hidden(hidden, condition, blocks=range(done, backbone.depth))
         wanted_BND = hidden[:, first + wanted.start : first + wanted.stop]
         return [*logits, backbone.logits(wanted_BND, condition)]
-
-    def inputs(self, sequence_BNC: Tensor, ids_BN: Tensor, resolved_BN: Tensor, start_B: Tensor) -> Tensor:
-        """What the teacher reads of the resolved tokens, the noise of the others, and which of the two, [B,M,D]."""
-        known_M = torch.tensor([k for k in self.known if k <= sequence_BNC.shape[1]], device=start_B.device)
-        tokens_BMD, noise_BMC = self.backbone.mixed_inputs(ids_BN, resolved_BN, sequence_BNC)
-        return tokens_BMD + self.noise_map(noise_BMC) + self.indicator((known_M <= start_B[:, None]).long())
 
     def tokens(self, noise_BNC: Tensor, logits_BNV: Tensor, num_steps: int) -> Tensor:
         """int64 [B,N]: each position's noise through the map."""

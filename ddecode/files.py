@@ -1,14 +1,20 @@
-"""Writing files so that none is ever torn."""
+"""Writing files so that none is ever torn; reading those that may be damaged."""
 
 import hashlib
+import json
 import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from tempfile import TemporaryFile
+from typing import Any, BinaryIO
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+LARGEST_JSON = 1 << 24
+"""Bytes; a config has about a thousand."""
 
 
 @contextmanager
@@ -77,3 +83,57 @@ def file_hash(path: Path) -> str:
             while block := stream.read(1 << 20):
                 digest.update(block)
     return digest.hexdigest()[:16]
+
+
+def check_writable(path: Path, option: str) -> None:
+    """Refuse an output file that could not be written, before the work that it is for.
+
+    Raises:
+        ValueError: it is a folder, or lies where none can be made; the message begins with `option`.
+    """
+    if path.is_dir():
+        raise ValueError(f"{option} names a folder, {path}; give a file")
+    check_room(path, option)
+
+
+def check_room(path: Path, option: str) -> None:
+    """Refuse a path where nothing can be made; see `check_writable`."""
+    existing = next(place for place in (path.absolute(), *path.absolute().parents) if place.exists())
+    if existing.is_file() and existing == path.absolute():
+        existing = existing.parent
+    try:
+        with TemporaryFile(dir=existing):
+            pass
+    except OSError:
+        raise ValueError(f"{option} {path}: cannot write in {existing}") from None
+
+
+def read_json(path: Path) -> Any:
+    """
+    Raises:
+        ValueError: it is missing, or no JSON of a config's size.
+    """
+    try:
+        if path.stat().st_size <= LARGEST_JSON:
+            return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"there is no file {path}") from None
+    except (ValueError, RecursionError):
+        pass
+    raise ValueError(f"{path} is damaged: it is no JSON")
+
+
+def read_tensors(path: Path, prefix: str = "") -> dict[str, Tensor]:
+    """The tensors of a `.safetensors` file whose names begin with `prefix`, by the rest of their names.
+
+    Raises:
+        ValueError: it is missing or damaged.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path.parent} has no {path.name}")
+    try:
+        with safe_open(path, "pt") as file:
+            names = sorted(name for name in file.keys() if name.startswith(prefix))  # noqa: SIM118 (no mapping)
+            return {name.removeprefix(prefix): file.get_tensor(name) for name in names}
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged: {error}") from None

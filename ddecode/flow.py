@@ -21,6 +21,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ddecode.arguments import check_whole, shown
+from ddecode.linear import linear
+from ddecode.randomness import draw
+
 ROWS_TIMES_CODES = 1 << 20
 """Largest number of weights held at once, unless a single row has more."""
 NEGLIGIBLE = 1e-6
@@ -31,12 +35,17 @@ FEW_ENOUGH_TO_SHRINK = 0.7
 """Finished rows leave once at most this share is unfinished: copying the rest costs about one evaluation."""
 FEWEST_TO_GATHER = 2048
 """With fewer codes, giving each row its own costs more than it saves."""
-GATHERED_OVER_SHARED = 2
-"""Rows get codes of their own once these hold at most this many numbers per weight of the full set."""
+GATHERED_OVER_SHARED = 1
+"""Rows get codes of their own once these hold at most this many numbers per weight of the full set: then no tensor is
+larger than the log-probabilities."""
 SCALE_TIMES_RADIUS = 1.0
 """s at which the grid turns from even to logarithmic, for a codebook of radius 1: codes begin to stand out there."""
 LAST_TIMES_SPACING = 8.0
 """Last s for a codebook of spacing 1: neighbours are then 8 standard deviations apart."""
+
+
+MOST_STEPS = 10_000
+"""16 are enough; beyond a few hundred only time changes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,8 +78,7 @@ def flow_grid(codebook_VC: Tensor, num_steps: int) -> FlowGrid:
     Raises:
         ValueError: the codebook is not a matrix, or fewer than one evaluation.
     """
-    if num_steps < 1:
-        raise ValueError(f"num_steps must be at least 1, got {num_steps}")
+    check_whole("num_steps", num_steps, 1, MOST_STEPS)
     if codebook_VC.dim() != 2 or not codebook_VC.numel():
         raise ValueError(f"the codebook must be [V, C] and not empty, got {tuple(codebook_VC.shape)}")
     codes = centred(codebook_VC)
@@ -119,8 +127,11 @@ def noise_to_tokens(
         ids int64 [B,L].
 
     Raises:
-        ValueError: shapes do not match, or num_steps < 1.
+        ValueError: shapes do not match, or num_steps < 1; without `grid` also: numbers that have to be finite are not.
     """
+    given = (noise_BLC, log_probs_BLV, codebook_VC)
+    if not all(isinstance(t, Tensor) and t.is_floating_point() and not t.is_meta for t in given):
+        raise ValueError(f"noise, log_probs and codebook must be float tensors, got {', '.join(map(shown, given))}")
     if noise_BLC.dim() != 3 or codebook_VC.dim() != 2 or noise_BLC.shape[2] != codebook_VC.shape[1]:
         raise ValueError(
             f"noise must be [B, L, C] and the codebook [V, C], got {tuple(noise_BLC.shape)} and "
@@ -130,7 +141,9 @@ def noise_to_tokens(
     V = len(codebook_VC)
     if log_probs_BLV.shape != (B, L, V):
         raise ValueError(f"log_probs must be {(B, L, V)}, one per code, got {tuple(log_probs_BLV.shape)}")
-    grid = grid or flow_grid(codebook_VC, num_steps)
+    if grid is None:  # a caller from outside
+        grid = flow_grid(codebook_VC, num_steps)
+        check_values(*given)
     codes = centred(codebook_VC)
     ids_BL = torch.empty(B, L, dtype=torch.int64, device=noise_BLC.device)
     rows = max(1, ROWS_TIMES_CODES // V)
@@ -143,6 +156,18 @@ def noise_to_tokens(
                 log_p_RV = log_probs_BLV[part].float().reshape(-1, V)
                 ids_BL[part] = solve(noise_RC, log_p_RV, codes, grid).view_as(ids_BL[part])
     return ids_BL
+
+
+def check_values(noise_BLC: Tensor, log_probs_BLV: Tensor, codebook_VC: Tensor) -> None:
+    """
+    Raises:
+        ValueError: noise or codebook are not finite, or a row of log-probabilities holds NaN or +inf, or -inf alone.
+    """
+    for name, tensor in (("noise", noise_BLC), ("codebook", codebook_VC)):
+        if not tensor.isfinite().all():
+            raise ValueError(f"{name} must be finite, and holds NaN or infinity")
+    if not log_probs_BLV.amax(-1).isfinite().all():
+        raise ValueError("log_probs must have a finite number at each position, and neither NaN nor +inf")
 
 
 def solve(noise_RC: Tensor, log_p_RV: Tensor, codes_VC: Tensor, grid: FlowGrid) -> Tensor:
@@ -213,7 +238,7 @@ def tokens_to_noise(
     B, L = ids_BL.shape
     V, C = codebook_VC.shape
     codes = centred(codebook_VC)
-    eps_BLC = torch.randn(B, L, C, generator=generator).to(ids_BL.device)
+    eps_BLC = draw(torch.randn, (B, L, C), generator).to(ids_BL.device)
     z_RC = (eps_BLC + grid.s[-1] * codes[ids_BL]).view(-1, C)
     log_p_RV = log_probs_BLV.reshape(-1, V)
     rows = max(1, ROWS_TIMES_CODES // V)
@@ -256,7 +281,7 @@ class Codes:
         """log w up to a constant per row: [R,A]."""
         point = torch.cat([s * z_RC, z_RC.new_full((len(z_RC), 1), s * s)], -1)
         if self.ids_RA is None:
-            return torch.addmm(self.log_p_RA, point, self.codes)
+            return linear(point, self.codes.T).add_(self.log_p_RA)
         return torch.baddbmm(self.log_p_RA[:, :, None], self.codes, point[:, :, None]).squeeze(2)
 
     def weights(self, z_RC: Tensor, s: float) -> Tensor:
@@ -266,7 +291,7 @@ class Codes:
     def mean(self, weights_RA: Tensor) -> Tensor:
         """D: [R,C]."""
         if self.ids_RA is None:
-            return weights_RA @ self.codes[:-1].T
+            return linear(weights_RA, self.codes[:-1])
         return (weights_RA[:, None] @ self.codes).squeeze(1)[:, :-1]
 
     def of_rows(self, rows: Tensor) -> "Codes":
@@ -285,8 +310,9 @@ class Codes:
         V = weights_RA.shape[1]
         if self.ids_RA is not None or V < FEWEST_TO_GATHER:
             return self
-        active_RV = weights_RA > NEGLIGIBLE / V
-        count_R = active_RV.sum(-1)
+        # 1 and 0 as fp32: torch would copy booleans to int64, twice the size of the logits, before it sums them
+        active_RV = torch.gt(weights_RA, NEGLIGIBLE / V, out=torch.empty_like(weights_RA))
+        count_R = active_RV.sum(-1).long()
         A = int(count_R.max())
         if A * len(self.codes) > GATHERED_OVER_SHARED * V:
             return self

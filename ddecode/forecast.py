@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ddecode.benchmark import clock, peak_bytes
+from ddecode.machine import clock, peak_bytes
 from ddecode.pairs import Manifest, noise_of, shard_bytes
 from ddecode.randomness import sample_seed
 from ddecode.teacher import Teacher

@@ -6,7 +6,6 @@ N images of a set, B of a batch, H W image height and width; images are uint8 [B
 import io
 import json
 import math
-import os
 import re
 import zipfile
 import zlib
@@ -19,10 +18,14 @@ from typing import IO, Any
 import numpy as np
 from PIL import Image, PngImagePlugin
 
-from ddecode.files import opened_aside, write_aside
+from ddecode.files import check_room, opened_aside, write_aside
 
 NAME = re.compile(r"(?P<index>\d{6,})-class(?P<label>\d+)\.png")
 """Of image `index` of a set in a folder; see `image_name`."""
+LARGEST_IMAGE = 1 << 28
+"""Bytes of one image of an `.npz`; more are not read at once."""
+LARGEST_HEADER = 1 << 16
+"""Of an `.npy`."""
 NOTE = "ddecode"
 """The PNG text chunk of `png`'s note."""
 
@@ -57,9 +60,10 @@ def read_note(path: Path) -> dict[str, Any] | None:
     """
     with opened_image(path) as picture:
         try:
-            return json.loads(picture.info[NOTE])
-        except (KeyError, json.JSONDecodeError):
+            note = json.loads(picture.info[NOTE])
+        except (KeyError, ValueError, RecursionError):
             return None
+    return note if isinstance(note, dict) else None
 
 
 def check_png(path: Path) -> None:
@@ -76,7 +80,7 @@ def opened_image(path: Path) -> Iterator[Image.Image]:
     try:
         with Image.open(path) as picture:
             yield picture
-    except (OSError, SyntaxError):  # a wrong checksum is the latter
+    except (OSError, SyntaxError, Image.DecompressionBombError):  # a wrong checksum is the second
         raise ValueError(f"{path} is no image, or damaged; delete it") from None
 
 
@@ -96,9 +100,7 @@ def check_out(out: Path) -> None:
         raise ValueError(f"--out {out} is a file; without a suffix it must be a folder")
     if out.suffix and out.is_dir():
         raise ValueError(f"--out {out} is a folder; leave the suffix out to write one PNG each")
-    existing = next(parent for parent in out.absolute().parents if parent.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise ValueError(f"--out {out}: cannot write in {existing}")
+    check_room(out, "--out")
 
 
 def write_grid(path: Path, images: Iterable[np.ndarray], labels_N: np.ndarray) -> None:
@@ -152,7 +154,7 @@ class ImageSet:
         """
         if path.suffix == ".npz":
             with opened_array(path) as (_, shape):
-                return cls(path=path, num=shape[0], labels_N=npz_labels(path), note=None)
+                return cls(path=path, num=shape[0], labels_N=npz_labels(path, shape[0]), note=None)
         names = [file.name for file in pngs(path)]
         if not names:
             raise ValueError(f"{path} holds no images: expected an .npz with arr_0, or a folder of PNGs")
@@ -207,11 +209,11 @@ def opened_array(path: Path) -> Iterator[tuple[IO[bytes], tuple[int, ...]]]:
     """
     try:
         with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as entry:
-            version = np.lib.format.read_magic(entry)
-            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-            shape, is_fortran, dtype = read(entry)
-            if is_fortran or dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or not shape[0]:
+            shape, is_fortran, dtype = read_header(entry, path)
+            if is_fortran or dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or min(shape) < 1:
                 raise ValueError(f"arr_0 of {path} must be uint8 [N,H,W,3], got {dtype} {list(shape)}")
+            if math.prod(shape[1:]) > LARGEST_IMAGE:
+                raise ValueError(f"images of {path} are said to be {shape[1]} x {shape[2]} pixels large")
             yield entry, shape
     except FileNotFoundError:
         raise ValueError(f"there is no file {path}") from None
@@ -219,6 +221,20 @@ def opened_array(path: Path) -> Iterator[tuple[IO[bytes], tuple[int, ...]]]:
         raise ValueError(f"{path} holds no images: it lacks arr_0") from None
     except (zipfile.BadZipFile, zlib.error, EOFError):
         raise ValueError(f"{path} is damaged") from None
+
+
+def read_header(entry: IO[bytes], path: Path) -> tuple[tuple[int, ...], bool, Any]:
+    """Shape, whether columns come first, and dtype of an `.npy`.
+
+    Raises:
+        ValueError: it is none.
+    """
+    try:
+        version = np.lib.format.read_magic(entry)
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        return read(entry)
+    except ValueError:
+        raise ValueError(f"{path} is damaged: arr_0 is no array") from None
 
 
 def array_batches(path: Path, num: int, batch: int) -> Iterator[np.ndarray]:
@@ -231,7 +247,23 @@ def array_batches(path: Path, num: int, batch: int) -> Iterator[np.ndarray]:
             yield np.frombuffer(data, np.uint8).reshape(shape)
 
 
-def npz_labels(path: Path) -> np.ndarray | None:
-    with np.load(path) as arrays:
-        name = next((name for name in ("labels", "arr_1") if name in arrays.files), None)
-        return None if name is None else arrays[name].astype(np.int64).ravel()
+def npz_labels(path: Path, num: int) -> np.ndarray | None:
+    """int64 [N], where there are any.
+
+    Raises:
+        ValueError: they are of another number, or damaged.
+    """
+    with zipfile.ZipFile(path) as archive:
+        sizes = {part.filename: part.file_size for part in archive.infolist()}
+    name = next((name for name in ("labels", "arr_1") if f"{name}.npy" in sizes), None)
+    if name is None:
+        return None
+    try:
+        if sizes[f"{name}.npy"] <= 8 * num + LARGEST_HEADER:
+            with np.load(path) as arrays:
+                labels_N = arrays[name]
+            if labels_N.size == num and np.issubdtype(labels_N.dtype, np.integer):
+                return labels_N.astype(np.int64).ravel()
+    except (zipfile.BadZipFile, zlib.error, EOFError, ValueError):
+        pass
+    raise ValueError(f"{name} of {path} must be {num} whole numbers, or is damaged")

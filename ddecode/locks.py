@@ -8,7 +8,7 @@ from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from torch import distributed
+from ddecode.processes import launch, meet, rank
 
 NAME = ".lock"
 WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
@@ -16,34 +16,25 @@ WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 @contextmanager
-def held(folder: Path, *, leader: bool = True) -> Iterator[None]:
-    """Keep other runs off a folder.
+def held(folder: Path) -> Iterator[None]:
+    """Keep other runs off a folder. The processes of a launch are one run: they begin and end together.
 
     Args:
         folder: made if missing; where nothing is written, it is gone again afterwards.
-        leader: whether this process holds the lock. Of the processes of one launch one does, and they begin and end
-            together. Processes that were launched one by one do not wait for each other.
 
     Raises:
         ValueError: another run is at work there.
     """
-    with locked(folder) if leader else nullcontext():
+    launch()
+    with locked(folder) if rank() == 0 else nullcontext():
         meet()
-        folder.mkdir(parents=True, exist_ok=True)
         yield
         meet()
-
-
-def meet() -> None:
-    """Wait for the other processes of a launch, if there are any."""
-    if distributed.is_available() and distributed.is_initialized():
-        distributed.barrier()
 
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     made = [path for path in (folder, *folder.parents) if not path.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / NAME
     with take(path):
         try:
@@ -56,9 +47,13 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def take(path: Path) -> BinaryIO:
-    """A lock file that is ours and still there: its last holder may have deleted it meanwhile."""
+    """A lock file that is ours and still there: its last holder may have deleted it meanwhile, and its folder."""
     while True:
-        stream = path.open("ab")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            stream = path.open("ab")
+        except FileNotFoundError:
+            continue
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:

@@ -11,6 +11,7 @@ N samples of a shard, L token positions, C code width.
 import hashlib
 import json
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,9 +21,11 @@ from safetensors.torch import save
 from torch import Tensor
 from tqdm import tqdm
 
+from ddecode.arguments import LARGEST_SEED, check_whole
 from ddecode.config import PairsConfig, as_dict, build
-from ddecode.files import write_aside
+from ddecode.files import read_json, write_aside
 from ddecode.locks import held
+from ddecode.processes import in_turn, meet, rank
 from ddecode.randomness import sample_seed
 from ddecode.teacher import Recipe, Teacher
 from ddecode.trajectory import resolve
@@ -47,7 +50,13 @@ class Manifest:
     seed: int
     batch: int
     shard_size: int
-    precision: str
+    precision: Literal["no", "bf16"]
+
+    def __post_init__(self) -> None:
+        for name in ("num", "length", "code_width", "num_classes", "num_steps", "batch", "shard_size"):
+            check_whole(f"manifest.{name}", getattr(self, name), 1)
+        check_whole("manifest.seed", self.seed, 0, LARGEST_SEED)
+        build(Recipe, self.recipe, "manifest.recipe")
 
     def identity(self) -> dict[str, Any]:
         return {key: value for key, value in as_dict(self).items() if key not in ("num", "teacher")}
@@ -59,6 +68,19 @@ class Manifest:
     def shard_range(self, shard: int) -> range:
         """The samples of one shard."""
         return range(shard * self.shard_size, min(self.num, (shard + 1) * self.shard_size))
+
+    def batches(self, shard: int) -> list[range]:
+        """The same, in the batches that the teacher is walked in."""
+        samples = self.shard_range(shard)
+        return [samples[first : first + self.batch] for first in range(0, len(samples), self.batch)]
+
+    def seeds(self, samples: range) -> list[int]:
+        """Of their noise."""
+        return [sample_seed(self.seed, i) for i in samples]
+
+    def labels(self, samples: range) -> Tensor:
+        """int64 [N]."""
+        return torch.tensor([i % self.num_classes for i in samples])
 
 
 def make_manifest(teacher: Teacher, name: str, teacher_hash: str, config: PairsConfig) -> Manifest:
@@ -94,7 +116,7 @@ def read_manifest(folder: Path) -> Manifest:
     if not path.is_file():
         raise ValueError(f"{folder} holds no pairs (no manifest.json); make some with ddecode pairs")
     try:
-        return build(Manifest, json.loads(path.read_text()), "manifest")
+        return build(Manifest, read_json(path), "manifest")
     except ValueError:
         raise ValueError(f"{path} is damaged; delete the folder and make the pairs again") from None
 
@@ -104,16 +126,8 @@ def noise_of(seeds: list[int], shape: tuple[int, int]) -> Tensor:
     return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
 
 
-def write_pairs(
-    teacher: Teacher,
-    manifest: Manifest,
-    folder: Path,
-    *,
-    rank: int = 0,
-    world: int = 1,
-    show_progress: bool = True,
-) -> int:
-    """Make the shards that are not there yet; process `rank` of `world` makes every world-th of them.
+def write_pairs(teacher: Teacher, manifest: Manifest, folder: Path, *, show_progress: bool = True) -> int:
+    """Make the shards that are not there yet; the processes of a launch make a batch each in turn.
 
     Returns:
         The number of pairs made.
@@ -122,15 +136,24 @@ def write_pairs(
         ValueError: the folder holds pairs of another manifest or a damaged shard, or another run is at work in it.
         OSError: the disk is full, say. What is there is whole then.
     """
-    with held(folder, leader=rank == 0):
+    with held(folder):
         check_manifest(folder, manifest)
-        if rank == 0:
+        todo = [s for s in range(manifest.shards) if not is_complete(folder, manifest, s)]
+        meet()  # all have seen the same folder
+        main = rank() == 0
+        if main:
             write_aside(folder / "manifest.json", (json.dumps(as_dict(manifest), indent=2) + "\n").encode())
-        todo = [s for s in range(rank, manifest.shards, world) if not is_complete(folder, manifest, s)]
-        total = sum(len(manifest.shard_range(s)) for s in todo)
-        with tqdm(total=total, unit="img", disable=not (show_progress and rank == 0), desc="pairs") as bar:
+        batches = [samples for shard in todo for samples in manifest.batches(shard)]
+        made = in_turn(partial(make_batch, teacher, manifest), batches)
+        total = sum(map(len, batches))
+        with tqdm(total=total, unit="img", disable=not (show_progress and main), desc="pairs") as bar:
             for shard in todo:
-                write_aside(shard_path(folder, shard), make_shard(teacher, manifest, shard, bar))
+                ids = []
+                for samples in manifest.batches(shard):
+                    ids.append(next(made))
+                    bar.update(len(samples))
+                if main:
+                    write_aside(shard_path(folder, shard), shard_of(manifest, shard, torch.cat(ids)))
     return total
 
 
@@ -170,36 +193,28 @@ def manifest_shard(folder: Path, manifest: Manifest, shard: int) -> dict[str, Te
     path = shard_path(folder, shard)
     tensors = read_shard(path)
     seeds = tensors["seeds"].tolist()
-    expected = [sample_seed(manifest.seed, i) for i in manifest.shard_range(shard)[: len(seeds)]]
+    expected = manifest.seeds(manifest.shard_range(shard)[: len(seeds)])
     if seeds[: len(expected)] != expected or tensors["ids"].shape[1] != manifest.length:
         raise ValueError(f"pair shard {path} is none of the manifest's; delete it and run ddecode pairs again")
     return tensors
 
 
-def make_shard(teacher: Teacher, manifest: Manifest, shard: int, bar: Any) -> bytes:
+def make_batch(teacher: Teacher, manifest: Manifest, samples: range) -> Tensor:
+    """The tokens of some samples, int32 [B,L]."""
+    noise_BLC = noise_of(manifest.seeds(samples), (manifest.length, manifest.code_width))
+    labels_B = manifest.labels(samples)
+    with torch.autocast(teacher.device.type, torch.bfloat16, enabled=manifest.precision == "bf16"):
+        ids_BL = resolve(teacher, noise_BLC, labels_B, **manifest.recipe, num_steps=manifest.num_steps)
+    return ids_BL.to("cpu", TOKEN_DTYPE)
+
+
+def shard_of(manifest: Manifest, shard: int, ids_NL: Tensor) -> bytes:
     """The bytes of one shard: a function of the teacher, the manifest and the shard's number."""
     samples = manifest.shard_range(shard)
-    labels = torch.tensor([i % manifest.num_classes for i in samples])
-    seeds = [sample_seed(manifest.seed, i) for i in samples]
-    shape = (manifest.length, manifest.code_width)
-    ids = []
-    for first in range(0, len(samples), manifest.batch):
-        part = slice(first, first + manifest.batch)
-        with torch.autocast(teacher.device.type, torch.bfloat16, enabled=manifest.precision == "bf16"):
-            ids.append(
-                resolve(
-                    teacher,
-                    noise_of(seeds[part], shape),
-                    labels[part],
-                    **manifest.recipe,
-                    num_steps=manifest.num_steps,
-                ).cpu()
-            )
-        bar.update(len(ids[-1]))
     tensors = {
-        "ids": torch.cat(ids).to(TOKEN_DTYPE),
-        "labels": labels.to(TOKEN_DTYPE),
-        "seeds": torch.tensor(seeds, dtype=torch.int64),
+        "ids": ids_NL,
+        "labels": manifest.labels(samples).to(TOKEN_DTYPE),
+        "seeds": torch.tensor(manifest.seeds(samples), dtype=torch.int64),
     }
     return save(tensors, metadata={"checksum": checksum(tensors)})
 
@@ -275,6 +290,11 @@ class Pairs:
 
     def __len__(self) -> int:
         return len(self.ids_NL)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """L, C and the number of classes."""
+        return self.manifest.length, self.manifest.code_width, self.manifest.num_classes
 
     def batch(self, indices: list[int]) -> tuple[Tensor, Tensor, Tensor]:
         """noise fp32 [B,L,C], ids int64 [B,L], labels int64 [B]."""

@@ -16,14 +16,18 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from ddecode.arguments import check_labels, shown
 from ddecode.callback import CALLBACK_TENSORS, StepCallback, call_back, check_tensors
 from ddecode.card import Card, write_card
-from ddecode.checkpoint import HubAccess, ModelFolder, UploadOptions, family_of, save_model, upload
-from ddecode.plan import Plan, parse_plan, student_plan
-from ddecode.precision import autocast, cast, check_device, check_dtype, network
+from ddecode.checkpoint import RECIPE, HubAccess, ModelFolder, UploadOptions, family_of, save_model, upload
+from ddecode.compilation import compile_blocks
+from ddecode.config import build
+from ddecode.files import write_aside
+from ddecode.plan import NAME, Plan, parse_plan, student_plan
+from ddecode.precision import autocast, cast, check_device, check_dtype, decoder, network
 from ddecode.sampling import AfterPass, Model, Progress, Skip, check_models, execute, passes
 from ddecode.student import Student
-from ddecode.teacher import Recipe, Teacher, batch_size, check_labels, draw_noise, per_sample_generators
+from ddecode.teacher import Recipe, Teacher, batch_size, draw_noise, per_sample_generators
 from ddecode.types import Generators, Labels, Tokenizer
 
 OutputType = Literal["pil", "np", "pt", "latent"]
@@ -54,6 +58,7 @@ class DistilledPipeline:
         recipe: guidance and filtering of teacher spans; None takes the teacher's own.
         class_names: for people.
         notes: what else its `config.json` says, for `save_pretrained`.
+        training_recipe: the YAML that the student was distilled by, for the same and for cards.
     """
 
     def __init__(
@@ -66,12 +71,17 @@ class DistilledPipeline:
         recipe: Recipe | None = None,
         class_names: tuple[str, ...] = (),
         notes: Mapping[str, Any] | None = None,
+        training_recipe: str | None = None,
     ) -> None:
         if student is None and teacher is None:
             raise ValueError("a pipeline needs a student or a teacher")
         for name, model in (others or {}).items():
             if name in OWN_NAMES:
                 raise ValueError(f"plans mean another model by {name!r}; call yours otherwise")
+            if not isinstance(name, str) or not NAME.fullmatch(name):
+                raise ValueError(f"plans cannot say {name!r}; call your model by letters and digits")
+            if not isinstance(model, Teacher | Student | Skip):
+                raise ValueError(f"{name} must be a teacher or a student, got {shown(model)}")
             if not isinstance(model, Skip) and not same_codes(model.codebook_VC, tokenizer.codebook_VC):
                 raise ValueError(f"{name} has another codebook, so its tokens mean something else here")
         self.tokenizer, self.student, self.teacher = tokenizer, student, teacher
@@ -79,6 +89,7 @@ class DistilledPipeline:
         self.recipe = recipe or (teacher.recipe if teacher is not None else Recipe())
         self.class_names = class_names
         self.notes = dict(notes or {})
+        self.training_recipe = training_recipe
         self._bar_options: dict[str, Any] = {}
 
     @classmethod
@@ -91,28 +102,34 @@ class DistilledPipeline:
         cache_dir: str | Path | None = None,
         token: str | bool | None = None,
         local_files_only: bool = False,
+        torch_dtype: torch.dtype | None = None,
     ) -> "DistilledPipeline":
-        """Load a model, in fp32 on the CPU.
+        """Load a model, on the CPU.
 
         Args:
             model: a bundled name, a directory or a hub id.
             others: join the models it holds.
             revision, cache_dir, token, local_files_only: of the hub, see `HubAccess`; the first two kinds need none.
+            torch_dtype: of the networks, see `to`; None is fp32, whatever they have on disk.
 
         Raises:
-            ValueError: there is no such model, or it is damaged.
+            ValueError: there is no such model, it is damaged, or networks are not cast to this dtype.
         """
+        if torch_dtype is not None:
+            check_dtype(torch_dtype)
         access = HubAccess(revision=revision, cache_dir=cache_dir, token=token, local_files_only=local_files_only)
         folder = ModelFolder.open(model, access)
         tokenizer = folder.tokenizer()
-        return cls(
+        pipe = cls(
             tokenizer=tokenizer,
             student=folder.student(tokenizer) if folder.has("student") else None,
             teacher=folder.teacher(tokenizer) if folder.has("teacher") else None,
             others=folder.others(access) | dict(others or {}),
-            class_names=tuple(folder.config.get("class_names", ())),
+            class_names=build(tuple[str, ...], folder.config.get("class_names", ()), "class_names"),
             notes={key: folder.config[key] for key in ("features", "others") if key in folder.config},
+            training_recipe=folder.training_recipe(),
         )
+        return pipe.to(dtype=torch_dtype)
 
     def save_pretrained(
         self,
@@ -124,7 +141,7 @@ class DistilledPipeline:
         repo_id: str | None = None,
         **options: Unpack[UploadOptions],
     ) -> Path:
-        """Write a model folder that `from_pretrained` reads, with this pipeline's recipe. Of `others` it names those
+        """Write a model folder that `from_pretrained` reads, with this pipeline's recipes. Of `others` it names those
         that the model came with; what `ddecode convert` kept for the way back is left out.
 
         Args:
@@ -157,6 +174,10 @@ class DistilledPipeline:
             modules["student"] = self.student
             config["student"] = {"backbone": modules["student"].backbone.config, **self.student.options()}
         save_model(folder, config, modules, dtype=dtype)
+        if self.training_recipe is None:
+            (folder / RECIPE).unlink(missing_ok=True)  # of the model that was here before
+        else:
+            write_aside(folder / RECIPE, self.training_recipe.encode())
         if card is not None:
             write_card(folder, card, model=repo_id or folder.name)
         if push_to_hub:
@@ -189,9 +210,9 @@ class DistilledPipeline:
     ) -> "DistilledPipeline":
         """Move all models, cast their networks, or both; returns itself.
 
-        Half precision is that of the networks' parameters and, by autocast, of all passes and of decoding. Tokenizer,
-        codebook, noise, probabilities and the noise-to-token map stay fp32. A network that is then called by itself
-        needs an autocast around it.
+        Half precision is that of the parameters of networks and decoder and, by autocast, of all passes and of
+        decoding. Encoder, codebook, noise, probabilities and the noise-to-token map stay fp32. A network that is then
+        called by itself needs an autocast around it.
 
         Args:
             places: a device, a dtype, or both in either order.
@@ -211,8 +232,29 @@ class DistilledPipeline:
         for part in (self.tokenizer, *self.models.values()):
             if devices and isinstance(part, nn.Module | Teacher):
                 part.to(devices[0])
-            if dtypes and isinstance(part, Student | Teacher):
-                cast(part, dtypes[0])
+        for module in self.sampled():
+            if dtypes:
+                cast(module, dtypes[0])
+        return self
+
+    def sampled(self) -> list[nn.Module]:
+        """What a call runs: the networks, and the tokenizer's decoder where it has one."""
+        networks = [network(model) for model in self.models.values() if isinstance(model, Student | Teacher)]
+        return [*networks, *filter(None, [decoder(self.tokenizer)])]
+
+    def compile(self, **options: Any) -> "DistilledPipeline":
+        """Compile the students' blocks in place with `torch.compile`; returns itself. It happens in the first call of
+        each batch size, takes some seconds, and on a CPU a C++ compiler.
+
+        Teachers and the decoder are left as they are. A teacher's keys and values grow from step to step, and each
+        length would be compiled anew; the decoder's norms, compiled for a CPU, take longer than torch's own.
+
+        Args:
+            options: of `torch.compile`, such as `mode` or `backend`.
+        """
+        for model in self.models.values():
+            if isinstance(model, Student):
+                compile_blocks(model, **options)
         return self
 
     @property
@@ -267,7 +309,7 @@ class DistilledPipeline:
         if plan is not None:
             if steps is not None:
                 raise ValueError("give num_inference_steps or plan, not both")
-            chosen = parse_plan(plan, self.length) if isinstance(plan, str) else plan
+            chosen = plan if isinstance(plan, Plan) else parse_plan(plan, self.length)
             check_models(chosen, self.models)
             return chosen
         if steps == "teacher":

@@ -10,8 +10,10 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from ddecode.arguments import check_whole, shown
+
 NAME = re.compile(r"[A-Za-z][\w-]*")
-SPAN = re.compile(rf"(?P<who>{NAME.pattern}):(?P<start>\d+)-(?P<stop>\d+)")
+SPAN = re.compile(rf"(?P<who>{NAME.pattern}):(?P<start>[0-9]{{1,9}})-(?P<stop>[0-9]{{1,9}})")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +40,7 @@ class Plan:
     length: int
 
     def __post_init__(self) -> None:
+        check_whole("a plan's length", self.length, 1)
         resolved = 0
         if not self.spans:
             raise ValueError("a plan needs at least one span who:start-stop")
@@ -60,11 +63,13 @@ def parse_plan(text: str, length: int) -> Plan:
     Raises:
         ValueError: the text is no plan, or `Plan` refuses it.
     """
+    if not isinstance(text, str):
+        raise ValueError(f"a plan must be text, got {shown(text)}")
     spans = []
     for part in text.split(","):
         match = SPAN.fullmatch(part.strip())
         if match is None:
-            raise ValueError(f"plan span {part.strip()!r} must read who:start-stop, as in student:0-{length}")
+            raise ValueError(f"plan span {shown(part.strip())} must read who:start-stop, as in student:0-{length}")
         spans.append(Span(who=match["who"], start=int(match["start"]), stop=int(match["stop"])))
     return Plan(spans=tuple(spans), length=length)
 

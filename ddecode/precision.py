@@ -1,4 +1,6 @@
-"""Device and precision of models that sample: half-precision networks around a tokenizer and a map that stay fp32."""
+"""Device and precision of models that sample: half-precision networks and decoder around a codebook and a map that stay
+fp32.
+"""
 
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -8,6 +10,7 @@ from torch import nn
 
 from ddecode.student import Student
 from ddecode.teacher import Teacher
+from ddecode.types import Tokenizer
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """What networks may be cast to, in memory and on disk."""
@@ -20,9 +23,15 @@ def network(model: Student | Teacher) -> nn.Module:
     return module
 
 
-def cast(model: Student | Teacher, dtype: torch.dtype) -> None:
-    """Cast a model's parameters. Its buffers, rotary factors and the like, are exact in fp32 alone and stay so."""
-    for parameter in network(model).parameters():
+def decoder(tokenizer: Tokenizer) -> nn.Module | None:
+    """The part of a tokenizer that half precision takes: its module `decoder`, where it has one."""
+    module = getattr(tokenizer, "decoder", None)
+    return module if isinstance(module, nn.Module) else None
+
+
+def cast(module: nn.Module, dtype: torch.dtype) -> None:
+    """Cast a module's parameters. Its buffers, rotary factors and the like, are exact in fp32 alone and stay so."""
+    for parameter in module.parameters():
         parameter.data = parameter.data.to(dtype)
 
 
@@ -37,9 +46,11 @@ def check_device(device: torch.device | str) -> None:
         ValueError: it is not there.
     """
     try:
-        torch.empty(0, device=device)
+        there = not torch.empty(0, device=device).is_meta
     except (RuntimeError, AssertionError, TypeError):
-        raise ValueError(f"there is no device {str(device)!r} here") from None
+        there = False
+    if not there:
+        raise ValueError(f"there is no device {str(device)!r} here")
 
 
 def check_dtype(dtype: torch.dtype) -> None:

@@ -25,6 +25,7 @@ from ddecode.randomness import derived_seed
 from ddecode.sampling import execute
 from ddecode.student import Student
 from ddecode.teacher import Recipe, Teacher
+from ddecode.training import Shown
 from ddecode.trajectory import resolve
 
 KEPT = 64
@@ -68,25 +69,26 @@ class Preview:
         self.columns = min(teacher.num_classes, COLUMNS)
 
     @torch.no_grad()
-    def __call__(self, average: nn.Module, step: int) -> dict[str, float]:
+    def __call__(self, average: nn.Module, step: int) -> Shown:
         """
         Args:
             average: the student's EMA, which the pictures show.
             step: names them.
 
         Returns:
-            `heldout_raw` and `heldout_ema`, the cross-entropy of a pass from noise on the kept sequences, and
-            `heldout_accuracy_raw` and `heldout_accuracy_ema`.
+            The picture, and as metrics `heldout_raw` and `heldout_ema`, the cross-entropy of a pass from noise on the
+            kept sequences, with `heldout_accuracy_raw` and `heldout_accuracy_ema`.
         """
         assert isinstance(average, Student)
         self.folder.mkdir(parents=True, exist_ok=True)
-        write_aside(self.folder / f"{step:07d}.png", png(self.picture(average)))
+        picture = self.picture(average)
+        write_aside(self.folder / f"{step:07d}.png", png(picture))
         metrics: dict[str, float] = {}
         for name, model in (("raw", self.student), ("ema", average)):
             # in the place of the average's weights: the student itself may be compiled, for its own batch
             cross_entropy, accuracy = self.held_out(average, dict(model.named_parameters())).tolist()
             metrics |= {f"heldout_{name}": cross_entropy, f"heldout_accuracy_{name}": accuracy}
-        return metrics
+        return Shown(metrics=metrics, pictures={"preview": picture})
 
     @cached_property
     def kept(self) -> tuple[Tensor, Tensor, Tensor]:

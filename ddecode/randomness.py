@@ -1,10 +1,11 @@
 """Seeds: every random number follows from a seed and an index, never from a batch, a device or a process."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
 import torch
+from torch import Tensor
 
 
 def derived_seed(*parts: int) -> int:
@@ -28,3 +29,29 @@ def sample_seed(seed: int, index: int) -> int:
 def sample_generators(seed: int, indices: range | list[int]) -> list[torch.Generator]:
     """One generator for each sample of a set drawn with `seed`."""
     return [torch.Generator().manual_seed(sample_seed(seed, i)) for i in indices]
+
+
+class StepGenerator(torch.Generator):
+    """The random numbers of one training step, for `draw`: a sample's depend on the step and on its place in the whole
+    batch, not on the process that has it. As a plain generator it gives numbers that belong to no sample.
+
+    Args:
+        seed: the step's.
+        places: of this process's samples.
+    """
+
+    def __new__(cls, seed: int, places: Sequence[int]) -> "StepGenerator":
+        return super().__new__(cls)
+
+    def __init__(self, seed: int, places: Sequence[int]) -> None:
+        self.manual_seed(derived_seed(seed, 0, places[0]))
+        self.samples = [torch.Generator().manual_seed(derived_seed(seed, 1, place)) for place in places]
+
+
+def draw(function: Callable[..., Tensor], shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """`function(shape, generator=generator)`; with a `StepGenerator` each sample's along the first dimension from its
+    own, the first ones where there are fewer than it knows."""
+    if not isinstance(generator, StepGenerator):
+        return function(shape, generator=generator)
+    assert shape[0] <= len(generator.samples)
+    return torch.stack([function(shape[1:], generator=own) for own in generator.samples[: shape[0]]])

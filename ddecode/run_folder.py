@@ -95,7 +95,7 @@ class Checkpoint:
         moments = self.checked(OPTIMIZER)
         for name, module in networks.items():
             module.load_state_dict(load_file(weights[name]))
-        optimizer.load_state_dict(torch.load(moments, weights_only=True))
+        optimizer.load_state_dict(torch.load(moments, map_location="cpu", weights_only=True))
         return state["step"]
 
     def checked(self, name: str) -> Path:

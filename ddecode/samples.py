@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
+import torch
 from PIL import Image
 from torch import nn
 from tqdm import tqdm
@@ -25,6 +26,7 @@ from ddecode.images import NAME, check_png, image_name, png, pngs, read_note
 from ddecode.locks import held
 from ddecode.pipeline import ROUNDING, DistilledPipeline, to_uint8
 from ddecode.plan import Plan
+from ddecode.processes import in_turn, meet, rank, share
 from ddecode.randomness import derived_seed, sample_generators
 from ddecode.teacher import Teacher
 
@@ -105,7 +107,7 @@ def weights_hash(pipe: DistilledPipeline, plan: Plan) -> str:
         state = module.state_dict() if isinstance(module, nn.Module) else {}
         for name, tensor in sorted(state.items()):
             digest.update(f"{who}.{name}".encode())
-            digest.update(tensor.cpu().contiguous().numpy().tobytes())
+            digest.update(tensor.cpu().flatten().view(torch.uint8).numpy().tobytes())  # numpy knows no bf16
     return digest.hexdigest()[:16]
 
 
@@ -122,17 +124,19 @@ def draw(pipe: DistilledPipeline, plan: Plan, labels_N: np.ndarray, part: range,
 def draw_all(
     pipe: DistilledPipeline, plan: Plan, labels_N: np.ndarray, *, seed: int, batch: int, show_progress: bool = True
 ) -> Iterator[np.ndarray]:
-    """The images of a set in order, a batch at a time."""
-    with tqdm(total=len(labels_N), unit="img", disable=not show_progress, leave=False) as bar:
-        for part in batches_of(len(labels_N), batch):
-            yield draw(pipe, plan, labels_N, part, seed)
-            bar.update(len(part))
+    """The images of a set in order, a batch at a time; the processes of a launch make one each in turn."""
+    parts = batches_of(len(labels_N), batch)
+    made = in_turn(lambda part: draw(pipe, plan, labels_N, part, seed), parts)
+    with tqdm(total=len(labels_N), unit="img", disable=not show_progress or rank() > 0, leave=False) as bar:
+        for images_BHW3 in made:
+            yield images_BHW3
+            bar.update(len(images_BHW3))
 
 
 def write_folder(
     pipe: DistilledPipeline, plan: Plan, settings: Settings, folder: Path, *, batch: int, show_progress: bool = True
 ) -> int:
-    """Sample the images of a set that are not in its folder yet.
+    """Sample the images of a set that are not in its folder yet; the processes of a launch share the batches.
 
     Args:
         pipe, plan: what `settings` were made of.
@@ -149,18 +153,18 @@ def write_folder(
     """
     labels_N, note = settings.labels(), settings.note()
     names = [image_name(i, label) for i, label in enumerate(labels_N)]
-    made = 0
     with held(folder):
         present = check_folder(folder, settings)
+        meet()  # all have seen the same folder
         todo = [part for part in batches_of(settings.num, batch) if not present.issuperset(names[i] for i in part)]
-        with tqdm(total=sum(map(len, todo)), unit="img", disable=not show_progress, leave=False) as bar:
-            for part in todo:
+        own = share(todo)
+        with tqdm(total=sum(map(len, own)), unit="img", disable=not show_progress or rank() > 0, leave=False) as bar:
+            for part in own:
                 for i, image in zip(part, draw(pipe, plan, labels_N, part, settings.seed), strict=True):
                     if names[i] not in present:
                         write_aside(folder / names[i], png(Image.fromarray(image), note))
-                        made += 1
                 bar.update(len(part))
-    return made
+    return settings.num - len(present)
 
 
 def check_folder(folder: Path, settings: Settings) -> set[str]:
@@ -178,8 +182,9 @@ def check_folder(folder: Path, settings: Settings) -> set[str]:
     if keys := [key for key in ours if key != "model" and theirs.get(key) != ours[key]]:
         others = ", ".join(f"{key} ({brief(theirs.get(key))}, not {brief(ours[key])})" for key in keys)
         raise ValueError(f"{folder} holds images made with another {others}; choose another --out")
-    if len(present) > settings.num:
-        raise ValueError(f"{folder} holds {len(present)} images already; --num may only grow, got {settings.num}")
+    last = max(int(name.partition("-")[0]) for name in present)
+    if last >= settings.num:
+        raise ValueError(f"{folder} holds {last + 1} images already; --num may only grow, got {settings.num}")
     for name in present:
         check_png(folder / name)
     return set(present)

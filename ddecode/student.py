@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ddecode.teacher import Teacher, check_labels
+from ddecode.arguments import INTEGERS, MOST, check_labels, check_vectors, check_whole, shown
+from ddecode.teacher import Teacher
 from ddecode.types import Backbone, Condition, Labels, Prediction, Tokenizer
 
 
@@ -107,15 +108,15 @@ class Student(nn.Module, ABC):
             Both heads over all L positions; those before `start` mean nothing.
 
         Raises:
-            ValueError: the sequence is not [B, L, C], a label or a start is out of range.
+            ValueError: the sequence is not [B, L, C] or not finite, a label or a start is out of range.
         """
-        expected = (self.length, self.codebook_VC.shape[1])
-        if sequence_BLC.dim() != 3 or tuple(sequence_BLC.shape[1:]) != expected:
-            raise ValueError(f"the sequence must be [B, {expected[0]}, {expected[1]}], got {tuple(sequence_BLC.shape)}")
+        check_vectors("the sequence", sequence_BLC, self.length, self.codebook_VC.shape[1])
         labels_B = check_labels(class_labels, len(sequence_BLC), self.num_classes, self.device)
+        if not isinstance(start, Tensor):
+            check_whole("start", start, 0, self.length - 1)
         start_B = torch.as_tensor(start, device=self.device)
-        if start_B.dim() > 1 or start_B.numel() not in (1, len(sequence_BLC)) or start_B.is_floating_point():
-            raise ValueError(f"start must be an int or an integer tensor [{len(sequence_BLC)}], got {start}")
+        if start_B.dim() > 1 or start_B.numel() not in (1, len(sequence_BLC)) or start_B.dtype not in INTEGERS:
+            raise ValueError(f"start must be an int or an integer tensor [{len(sequence_BLC)}], got {shown(start)}")
         start_B = start_B.expand(len(sequence_BLC))
         if int(start_B.min()) < 0 or int(start_B.max()) >= self.length:
             raise ValueError(f"start must lie in 0..{self.length - 1}, got {start}")
@@ -158,6 +159,7 @@ class DD1Student(Student):
         layerwise: bool = False,
     ) -> None:
         super().__init__(backbone, tokenizer, starts=starts)
+        check_whole("split", split, -MOST)
         if not 0 <= split <= self.length:
             raise ValueError(f"split must lie in 0..{self.length}, got {split}")
         self.split = split

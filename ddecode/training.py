@@ -1,27 +1,44 @@
 """The training loop: one, for teachers and students alike, on accelerate.
 
 Everything random in step i follows from (seed, i): the batch, and the generator handed to the objective. So a run
-that was stopped and resumed equals one that was not.
+that was stopped and resumed equals one that was not. In a launch each process has its share of every batch; with a
+gradient accumulation of n the batch is cut into n parts, one after the other, each a batch to the objective.
 """
 
 import copy
 import math
+import os
 import time
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
+from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ddecode.config import TrainingConfig
-from ddecode.randomness import derived_seed
+from ddecode.compilation import compile_blocks
+from ddecode.config import TrainingConfig, decisive
+from ddecode.processes import launch, rank, world
+from ddecode.randomness import StepGenerator, derived_seed
+from ddecode.reporters import opened_reports
 from ddecode.run_folder import Checkpoint, Log
 
-Preview = Callable[[nn.Module, int], Mapping[str, float]]
-"""Called with the EMA model and the step, to write pictures; what it measures joins the log."""
+
+@dataclass(frozen=True, kw_only=True)
+class Shown:
+    """What a preview shows: metrics join the log, pictures go to those of `training.report_to`."""
+
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    pictures: Mapping[str, Image.Image] = field(default_factory=dict)
+
+
+Preview = Callable[[nn.Module, int], Shown]
+"""Called with the EMA model and the step; it writes its pictures itself."""
 
 
 class Samples(Protocol):
@@ -38,6 +55,10 @@ class Objective(nn.Module):
 
     `forward(*batch, generator=..., progress=..., step=...)` gives (loss, metrics), progress in [0, 1) being the share
     of the run behind it. Whatever it holds beside `model` and `critics` must be frozen.
+
+    In a launch the batch is this process's share, and the mean of losses and metrics over processes counts. For that
+    to be the whole batch's, `ddecode.randomness.draw` draws by sample, and `ddecode.processes` has `mean_of_all` where
+    processes may have unequal numbers to average over, and `of_all` where a loss compares samples.
     """
 
     model: nn.Module
@@ -100,22 +121,20 @@ def train(
         objective: see `Objective`.
         samples: the training set.
         config: length, batch, optimiser.
-        run: folder for `log.jsonl`, `checkpoint/` and `checkpoint.old/`; see `ddecode.run_folder`.
-        identity: what the run is made of; a resumed run must have the same.
+        run: folder for `log.jsonl`, `checkpoint/` and `checkpoint.old/`, see `ddecode.run_folder`, and for what
+            `ddecode.reporters` keep.
+        identity: what the run is made of; a resumed run must have the same, but for what `decisive` leaves out.
         resume: go on from the checkpoint in `run`.
         preview: called every `config.preview_every` steps.
         show_progress: draw a progress bar.
 
     Raises:
-        ValueError: `run` holds a checkpoint and `resume` is off, or it belongs to another config or is damaged.
+        ValueError: `run` holds a checkpoint and `resume` is off, or it belongs to another config or is damaged, or a
+            library of `config.report_to` is missing, or see `make_accelerator`.
         FloatingPointError: the loss is no longer finite.
         OSError: the disk is full, say. The last checkpoint is whole then.
     """
-    # terms that begin late, or are off, leave parameters without a gradient
-    unused = DistributedDataParallelKwargs(find_unused_parameters=True)
-    accelerator = Accelerator(kwargs_handlers=[unused])
-    if config.batch % accelerator.num_processes:
-        raise ValueError(f"training.batch {config.batch} does not divide over {accelerator.num_processes} processes")
+    accelerator = make_accelerator(config)
     main = accelerator.is_main_process
     checkpoint = Checkpoint(run)
     if main:
@@ -124,6 +143,7 @@ def train(
     if checkpoint.exists() and not resume:
         raise ValueError(f"{run} holds a run already; add --resume to go on with it, or choose another --out")
     run.mkdir(parents=True, exist_ok=True)
+    identity = decisive(identity) | told(accelerator)
 
     model = objective.model.train()
     ema = copy.deepcopy(model).eval().requires_grad_(False).to(accelerator.device)
@@ -136,8 +156,11 @@ def train(
         compile_blocks(model)
     wrapped, optimizer = accelerator.prepare(objective, optimizer)
     log = Log(run / "log.jsonl", begin) if main else None
+    names = config.report_to if main and begin < config.steps else ()
+    reporters = opened_reports(names, run, begin=begin, config=identity)
     clock = time.monotonic()
-    with tqdm(total=config.steps, initial=begin, unit="step", disable=not (show_progress and main)) as bar:
+    bar = tqdm(total=config.steps, initial=begin, unit="step", disable=not (show_progress and main))
+    with bar, reporters as reports:
         for step in range(begin, config.steps):
             if objective.realigns(step):
                 model.load_state_dict(ema.state_dict())
@@ -154,19 +177,51 @@ def train(
                     raise FloatingPointError(f"the loss is {value} at step {done}; lower training.lr and --resume")
             # pictures and log first: what a checkpoint says is done will not be done again
             row: dict[str, Any] = {}
+            shown = Shown()
             if main and preview and config.preview_every and done % config.preview_every == 0:
-                row |= preview(ema, done)
+                shown = preview(ema, done)
+                row |= shown.metrics
             if logs:
                 bar.set_postfix(loss=f"{value:.3f}")
+                metrics = accelerator.reduce(metrics, "mean")
                 row = {"loss": value} | {name: plain(metric) for name, metric in metrics.items()} | row
                 row |= {"grad_norm": norm, "lr": learning_rate(config, step), "seconds": time.monotonic() - clock}
             if log is not None and row:
                 log.write({"step": done} | row)
+            reports.write(done, row, shown.pictures)
             if log is not None and saves:
                 log.sync()
                 checkpoint.save(done, identity, networks, optimizer)
     accelerator.wait_for_everyone()
     return ema
+
+
+def make_accelerator(config: TrainingConfig) -> Accelerator:
+    """With what `accelerate launch` or its config file say.
+
+    Raises:
+        ValueError: they ask for what is not there, or the batch does not divide over processes and parts.
+    """
+    for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):  # accelerate passes them over on a CPU, without a word
+        if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true":
+            raise ValueError(f"{name} is not supported: each process holds the whole student; launch without it")
+    launch()
+    # terms that begin late, or are off, leave parameters without a gradient
+    unused = DistributedDataParallelKwargs(find_unused_parameters=True)
+    accelerator = Accelerator(kwargs_handlers=[unused])
+    if accelerator.mixed_precision not in ("no", "bf16"):
+        raise ValueError(f"mixed precision {accelerator.mixed_precision} is not supported: choose bf16 or no")
+    parts = accelerator.gradient_accumulation_steps
+    if config.batch % (parts * world()):
+        accumulated = f" and {parts} steps of gradient accumulation" if parts > 1 else ""
+        raise ValueError(f"training.batch {config.batch} does not divide over {world()} processes{accumulated}")
+    return accelerator
+
+
+def told(accelerator: Accelerator) -> dict[str, Any]:
+    """What the launch says of the run beside its config, where it says anything."""
+    options = {"mixed_precision": accelerator.mixed_precision, "parts": accelerator.gradient_accumulation_steps}
+    return {} if options == {"mixed_precision": "no", "parts": 1} else {"accelerate": options}
 
 
 def optimise(
@@ -181,13 +236,14 @@ def optimise(
     for group in optimizer.param_groups:
         constant = group["peak_lr"] * min(1.0, (step + 1) / max(1, config.warmup_steps))
         group["lr"] = constant if group["critic"] else learning_rate(config, step)
-    rank, world = accelerator.process_index, accelerator.num_processes
-    indices = batch_indices(len(samples), config.batch, step, config.seed)[rank::world]
-    batch = [tensor.to(accelerator.device) for tensor in samples.batch(indices)]
-    generator = torch.Generator().manual_seed(derived_seed(config.seed, 2, step, rank))
-    with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-        loss, metrics = objective(*batch, generator=generator, progress=step / config.steps, step=step)
-    accelerator.backward(loss)
+    seen: list[dict[str, Tensor]] = []
+    parts = accelerator.gradient_accumulation_steps
+    for part in range(parts):
+        with accelerator.no_sync(objective) if part < parts - 1 else nullcontext():
+            loss, metrics = look(objective, samples, config, step, part, accelerator)
+            accelerator.backward(loss)
+        seen.append({"loss": loss.detach()} | metrics)
+    mean = {name: torch.stack([each[name].to(accelerator.device) for each in seen]).mean(0) for name in seen[0]}
     norm = None
     for critic in (False, True):  # each clipped for itself: neither's gradient shrinks the other's step
         groups = [group["params"] for group in optimizer.param_groups if group["critic"] is critic]
@@ -197,21 +253,29 @@ def optimise(
             norm = norm if critic else float(clipped)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return loss, metrics, norm
+    return mean.pop("loss"), mean, norm
+
+
+def look(
+    objective: nn.Module, samples: Samples, config: TrainingConfig, step: int, part: int, accelerator: Accelerator
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The objective on this process's share of one part of a step's batch."""
+    size = config.batch // accelerator.gradient_accumulation_steps
+    places = range(part * size, (part + 1) * size)[rank() :: world()]
+    indices = batch_indices(len(samples), config.batch, step, config.seed)
+    batch = [tensor.to(accelerator.device) for tensor in samples.batch([indices[place] for place in places])]
+    generator = StepGenerator(derived_seed(config.seed, 2, step), places)
+    half = "bf16" in (config.precision, accelerator.mixed_precision)
+    with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=half):
+        result: tuple[Tensor, dict[str, Tensor]] = objective(
+            *batch, generator=generator, progress=step / config.steps, step=step
+        )
+    return result
 
 
 def plain(metric: Tensor) -> float | list[float]:
     """A metric for JSON; vectors, which may be long, to four digits."""
     return float(metric) if metric.dim() == 0 else [float(f"{value:.4g}") for value in metric.tolist()]
-
-
-def compile_blocks(model: nn.Module) -> None:
-    """Compile in place the blocks that a model repeats; they share what is compiled."""
-    for module in model.modules():
-        if isinstance(module, nn.ModuleList):
-            for block in module:
-                if any(True for _ in block.children()):
-                    block.compile()
 
 
 def parameter_groups(objective: Objective, config: TrainingConfig) -> list[dict[str, Any]]:

@@ -5,6 +5,7 @@ B batch, L token positions, C code width.
 
 from torch import Tensor
 
+from ddecode.arguments import check_vectors
 from ddecode.flow import FlowGrid, flow_grid, noise_to_tokens
 from ddecode.teacher import Pick, Recipe, Teacher
 from ddecode.types import Labels
@@ -45,13 +46,10 @@ def resolve(
         ids int64 [B,L].
 
     Raises:
-        ValueError: the noise has another shape than the teacher's sequences, or an option is out of range.
+        ValueError: the noise has another shape than the teacher's sequences or is not finite, or an option is out of
+            range.
     """
-    expected = (teacher.length, teacher.codebook_VC.shape[1])
-    if noise_BLC.dim() != 3 or tuple(noise_BLC.shape[1:]) != expected:
-        raise ValueError(
-            f"noise must be [B, {expected[0]}, {expected[1]}] for this teacher, got {tuple(noise_BLC.shape)}"
-        )
+    check_vectors("noise", noise_BLC, teacher.length, teacher.codebook_VC.shape[1])
     labels = teacher.labels(class_labels, len(noise_BLC))
     recipe = Recipe(guidance_scale=guidance_scale, top_k=top_k, top_p=top_p)
     grid = flow_grid(teacher.codebook_VC, num_steps)

@@ -56,6 +56,26 @@ class Prediction:
     """Logits [B,N,V] of the first N tokens that a student read off between its blocks."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Reconstruction:
+    """Images through a tokenizer that is being trained."""
+
+    images_B3HW: Tensor
+    """Decoded from the codes, with gradients straight through them to the encoder."""
+    ids: Tensor
+    """int64, all codes used."""
+    targets_NC: Tensor
+    """The vectors that were quantised, where codes that nobody uses may move to."""
+    code_loss: Tensor
+    """Of the codes against the latents, and of the latents against the codes."""
+
+
+def compute_dtype(weight: Tensor) -> torch.dtype:
+    """In what attention multiplies: autocast's dtype where one is open, else the weights'."""
+    kind = weight.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+
+
 class KeyValueCache:
     """Keys and values of every layer, allocated once for the longest sequence.
 
@@ -113,7 +133,8 @@ class Backbone(Protocol):
 
     def mixed_inputs(self, ids_BN: Tensor, resolved_BN: Tensor, noise_BNC: Tensor) -> tuple[Tensor, Tensor]:
         """The same [B,M,D] of the tokens that are resolved, the others counting for nothing; and what each of these
-        positions sees of the others' noise, [B,M,C], before any learned map. Only drafting students need it."""
+        positions sees of the others' noise, [B,M,C], before any learned map. Only a
+        `ShiftedStudent` needs it."""
 
     def vector_inputs(self, sequence_BLC: Tensor) -> Tensor:
         """Input vectors [B,N,D] of a student's sequence of codes and noise, whole or its first AR steps; only students
@@ -150,7 +171,10 @@ class Backbone(Protocol):
 
 @runtime_checkable
 class Tokenizer(Protocol):
-    """Images to tokens and back."""
+    """Images to tokens and back.
+
+    What makes most of the work of `decode` may be a module `decoder`: half precision and compilation take that one.
+    """
 
     @property
     def codebook_VC(self) -> Tensor:

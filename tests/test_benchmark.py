@@ -3,23 +3,30 @@
 import argparse
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image, ImageColor
 
-from ddecode.benchmark import BenchmarkRow, benchmark, named_plans
+from ddecode.benchmark import BenchmarkRow, Cost, benchmark, named_plans
 from ddecode.checkpoint import save_model
 from ddecode.cli import bench
 from ddecode.cli.arguments import read_steps
+from ddecode.latency_plot import COLORS, HEIGHT, WIDTH, Axis
 from ddecode.pipeline import DistilledPipeline
 from ddecode.plan import Plan
 from ddecode.teacher import Recipe
 from third_party_loaders import llamagen
 
-KEYS = {
+STABLE_KEYS = {
     "plan", "batch", "dtype", "threads", "network_evaluations", "median_s", "p10_s", "p90_s",
     "images_per_s", "peak_bytes", "network_s", "decode_s", "speedup",
+}  # fmt: skip
+KEYS = STABLE_KEYS | {
+    "rest_s", "network_operations", "decode_operations", "network_rate", "network_share", "decode_rate",
+    "decode_share", "floor_s", "warmup_s",
 }  # fmt: skip
 TOKENIZER = {
     "vocab_size": 32, "code_width": 8, "channels": 32, "channel_mult": [1, 1], "res_blocks": 1, "z_channels": 32,
@@ -27,6 +34,11 @@ TOKENIZER = {
 BACKBONE = {"vocab_size": 32, "width": 32, "depth": 2, "heads": 2, "tokens": 16, "num_classes": 10}
 RECIPE = Recipe(guidance_scale=1.5, top_k=8)
 MIXED = "student:0-4,teacher:4-8,student:4-16"
+
+
+@pytest.fixture(autouse=True)
+def small_matrix_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ddecode.machine.MATMUL_SIDE", {"cpu": 64})
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +85,12 @@ def test_rows(pipe: DistilledPipeline) -> None:
     for row in result.rows:
         assert row.network_evaluations == evaluations[row.plan]
         assert 0 < row.p10_s <= row.median_s <= row.p90_s
-        assert min(row.network_s, row.decode_s) > 0
+        assert min(row.network_s, row.decode_s, row.rest_s) > 0
+        assert max(row.network_s, row.decode_s, row.rest_s) < row.p90_s
+        assert row.network_rate == row.network_operations / row.network_s
+        assert row.decode_share == row.decode_operations / row.decode_s / result.matmul_rate
+        assert row.floor_s == (row.network_operations + row.decode_operations) / result.matmul_rate
+        assert len(row.warmup_s) == 1 and row.warmup_s[0] > 0
         assert row.images_per_s == row.batch / row.median_s
         assert row.peak_bytes > 2**20
         assert (row.dtype, row.threads) == ("fp32", torch.get_num_threads())
@@ -102,25 +119,46 @@ def test_repetitions_take_turns(pipe: DistilledPipeline, monkeypatch: pytest.Mon
     monkeypatch.setattr(pipe, "emit", recorded)
     result = benchmark(pipe, [1, 2], repeats=2, warmup=1)
     one, two = "student:0-16", "student:0-16,student:4-16"
-    assert order == [two, one, one, two, two, one]
+    counted = [one, two]
+    assert order == [*counted, two, one, one, two, two, one]
     assert len(result.rows) == 2
 
 
-def test_one_thread_and_bf16_hold_inside_the_run_alone(
-    pipe: DistilledPipeline, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_threads_hold_inside_the_run_alone(pipe: DistilledPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     before, seen = torch.get_num_threads(), set()
     emit = pipe.emit
 
     def recorded(*args: object) -> object:
-        seen.add((torch.get_num_threads(), torch.is_autocast_enabled("cpu")))
+        seen.add(torch.get_num_threads())
         return emit(*args)  # type: ignore[arg-type]
 
     monkeypatch.setattr(pipe, "emit", recorded)
-    rows = benchmark(pipe, ["teacher", 1, MIXED], repeats=1, warmup=0, dtype="bf16", threads=before + 1).rows
-    assert {(row.dtype, row.threads) for row in rows} == {("bf16", before + 1)}
-    assert seen == {(before + 1, True)}
-    assert torch.get_num_threads() == before and not torch.is_autocast_enabled("cpu")
+    rows = benchmark(pipe, ["teacher", 1, MIXED], repeats=1, warmup=0, threads=before + 1).rows
+    assert {row.threads for row in rows} == {before + 1} == seen
+    assert torch.get_num_threads() == before
+
+
+def test_operations_of_a_row_are_those_of_its_passes(pipe: DistilledPipeline) -> None:
+    """By hand: a student's pass over 17 positions, 16 of them tokens, all of which go through the logits head."""
+    width, hidden, positions, tokens, codes, code_width, depth = 32, 256, 17, 16, 32, 8, 2
+    block = 2 * positions * width * (3 * width + width + 3 * hidden) + 4 * positions**2 * width
+    one = 2 * tokens * code_width * width + depth * block + 2 * tokens * width * codes
+    rows = benchmark(pipe, ["teacher", 1], [1, 3], repeats=1, warmup=0).rows
+    teacher, student, _, three = rows
+    assert student.network_operations == one and three.network_operations == 3 * one
+    assert teacher.decode_operations == student.decode_operations == three.decode_operations / 3 > 0
+    assert teacher.network_operations > student.network_operations, "guidance doubles them"
+
+
+def test_compiling_is_asked_for_once_and_after_counting(
+    pipe: DistilledPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order: list[str] = []
+    monkeypatch.setattr(DistilledPipeline, "compile", lambda self: order.append("compile"))
+    monkeypatch.setattr("ddecode.benchmark.cost", lambda *_: order.append("count") or Cost(network=1, decode=1))
+    result = benchmark(pipe, [1, 2], [1, 2], repeats=1, warmup=1, compiled=True)
+    assert order == ["count"] * 4 + ["compile"]
+    assert result.compiled and result.as_dict()["compiled"]
 
 
 def test_plans_asked_for_twice_are_measured_once(pipe: DistilledPipeline) -> None:
@@ -141,7 +179,7 @@ def test_plans_asked_for_twice_are_measured_once(pipe: DistilledPipeline) -> Non
         ([1], {"repeats": 0}, "repeats"),
         ([1], {"warmup": -1}, "warmup"),
         ([1], {"threads": 0}, "threads"),
-        ([1], {"dtype": "fp16"}, "fp32, bf16"),
+        ([1], {"compiled": True, "warmup": 0}, "warmup must be at least 1"),
     ],
 )
 def test_wrong_input_is_refused(pipe: DistilledPipeline, plans: list, options: dict, message: str) -> None:
@@ -164,7 +202,8 @@ def test_command_ends_in_a_line_of_json(model: Path, tmp_path: Path, capsys: pyt
     assert lines[0].startswith(
         f"{model}: teacher (cached, guidance 1.5 with both halves in one batch, top-k 8, top-p off)"
     )
-    assert f"against student 1, {MIXED}; from noise to uint8 images, decoding included; fp32, cpu" in lines[0]
+    assert f"against student 1, {MIXED}; from noise to uint8 images, decoding included; fp32, eager, cpu" in lines[0]
+    assert re.search(r"a large matrix product here: \d+ GFLOP/s; median of 2 after 0 to warm up$", lines[0])
     result = json.loads(lines[-1])
     assert result == json.loads(out.read_text())
     assert [row["plan"] for row in result["rows"]] == ["teacher", "1", MIXED] * 3
@@ -191,9 +230,11 @@ def test_command_without_a_teacher_row_says_so(model: Path, capsys: pytest.Captu
         (["--plan", "student"], "who:start-stop"),
         (["--batch", "0"], "got '0'"),
         (["--batch", "1,two"], "got 'two'"),
-        (["--repeats", "0"], "repeats"),
-        (["--threads", "-1"], "threads"),
         (["--json", "."], "folder"),
+        (["--plot", "."], "folder"),
+        (["--plot", "plot.jpg"], "writes a .png"),
+        (["--arch", "var-d16"], "one of them"),
+        (["--layers", "2"], "--layers is for --arch"),
         (["--json", "/proc/cpuinfo/bench.json"], "cannot write"),
     ],
 )
@@ -212,3 +253,26 @@ def test_teacher_without_guidance_is_called_so(pipe: DistilledPipeline) -> None:
 
 def test_steps() -> None:
     assert read_steps("teacher, 1,2") == ["teacher", 1, 2]
+
+
+def test_half_precision_is_the_pipelines(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command_line(model, "--steps", "1", "--repeats", 1, "--warmup", 0, "--dtype", "bf16")
+    lines = capsys.readouterr().out.splitlines()
+    assert "; bf16, eager, cpu" in lines[0]
+    assert json.loads(lines[-1])["rows"][0]["dtype"] == "bf16"
+
+
+def test_plot_is_a_picture_with_a_colour_for_each_batch_size(model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "new" / "plot.png"
+    command_line(model, "--batch", "1,2", "--repeats", 1, "--warmup", 0, "--plot", out)
+    with Image.open(out) as picture:
+        assert (picture.format, picture.size) == ("PNG", (WIDTH, HEIGHT))
+        colors = {color for _, color in picture.getcolors(WIDTH * HEIGHT)}
+    assert {ImageColor.getrgb(color) for color in COLORS[:2]} <= colors
+    assert ImageColor.getrgb(COLORS[2]) not in colors
+
+
+def test_a_point_lies_where_its_numbers_say() -> None:
+    axis = Axis(low=1, high=100, begin=0, end=200)
+    assert [axis.place(value) for value in (1, 10, 100)] == pytest.approx([0, 100, 200])
+    assert axis.ticks() == [1, 2, 5, 10, 20, 50, 100]

@@ -44,7 +44,7 @@ def test_every_recipe_of_the_repository_is_valid(recipe: Path, monkeypatch: pyte
         assert config.expected, "a recipe states what it reaches, or that this is not yet measured"
 
 
-PUBLISHED = sorted(p for p in ROOT.glob("configs/*.yaml") if not p.name.startswith("fashion"))
+PUBLISHED = sorted(p for p in ROOT.glob("configs/*.yaml") if not p.name.startswith(("fashion", "own")))
 
 
 @pytest.mark.parametrize("recipe", PUBLISHED, ids=lambda path: path.name)
@@ -108,7 +108,7 @@ def test_overrides(path: Path, override: str, key: str, value: Any) -> None:
         ("training.lr=fast", r"training\.lr must be float, got 'fast'"),
         ("training.lr=true", r"training\.lr must be float, got True"),
         ("training.lr=0", r"training\.lr must be above 0"),
-        ("training.lr=nan", r"training\.lr must be above 0"),
+        ("training.lr=nan", r"training\.lr must be a finite number, got nan"),
         ("training.ema_decay=1", r"training\.ema_decay must lie in \[0, 1\)"),
         ("training.precision=fp16", r"training\.precision must be one of no, bf16, got 'fp16'"),
         ("training.betas=[0.9]", r"training\.betas must be a list"),

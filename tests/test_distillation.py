@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tiny import (
     distill_recipe,
     make_draft_student,
@@ -103,11 +103,14 @@ def rows_of(run: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
 
 
-@pytest.mark.parametrize("stage", ["tuning", "student"])
+OWN_STUDENT = ["student.split=null", "student.diffusion_head=2", "student.initial=tuning", "objective.logits=0"]
+
+
+@pytest.mark.parametrize(("stage", "overrides"), [("tuning", []), ("student", []), ("student", OWN_STUDENT)])
 def test_dd2_goes_through_both_stages_and_resumes_in_either(
-    stage: str, model: Path, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    stage: str, overrides: list[str], model: Path, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = recipe_of(model, tmp_path, *SCORE)
+    config = recipe_of(model, tmp_path, *SCORE, *overrides)
     distill(config, pairs, tmp_path / "whole", show_progress=False)
     rows = rows_of(tmp_path / "whole")
     assert [("score_gap" in row, "cross_entropy" in row) for row in rows[:4]] == [(False, False), (True, True)] * 2
@@ -152,6 +155,22 @@ def test_the_guidance_network_starts_from_the_first_stage(
     tuned, fresh = given
     assert tuned.abs().max() > 0 and fresh.abs().max() == 0
     assert not (tmp_path / "b" / "tuning").exists()
+
+
+def test_dd2s_own_student_starts_from_the_first_stage_too(
+    model: Path, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    students = []
+    init = StudentObjective.__init__
+
+    def recorded(self: StudentObjective, student: nn.Module, *args: Any, **options: Any) -> None:
+        students.append(student.head.output.weight.detach().clone())
+        init(self, student, *args, **options)
+
+    monkeypatch.setattr(StudentObjective, "__init__", recorded)
+    distill(recipe_of(model, tmp_path, *SCORE, *OWN_STUDENT), pairs, tmp_path / "run", show_progress=False)
+    tuned = load_file(tmp_path / "run" / "tuning" / "checkpoint" / "ema.safetensors")["head.output.weight"]
+    assert torch.equal(students[0], tuned)
 
 
 def test_a_drafting_student_needs_pairs_of_its_own_map(model: Path, pairs: Path, tmp_path: Path) -> None:

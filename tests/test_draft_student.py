@@ -184,7 +184,7 @@ def test_upstreams_layout_cannot_hold_it(any_teacher: Teacher, tmp_path: Path, c
     pipe = DistilledPipeline(tokenizer=any_teacher.tokenizer, teacher=any_teacher, student=student_of(any_teacher))
     save_tiny(tmp_path / "m", pipe)
     kind = f"dd1-{any_teacher.family}"
-    assert "drafts" in refused(capsys, "convert", tmp_path / "m", "--family", kind, "--out", tmp_path / "out")
+    assert "is not DD1's" in refused(capsys, "convert", tmp_path / "m", "--family", kind, "--out", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

@@ -8,15 +8,9 @@ from xml.etree import ElementTree
 import pytest
 
 from tools import draw_curves
-from tools.draw_curves import GROUPS, draw, grouped, main
+from tools.draw_curves import draw, main
 
 SVG = "{http://www.w3.org/2000/svg}"
-
-
-def test_positions_become_the_means_of_their_eighths() -> None:
-    assert grouped(3.5) == [3.5] and grouped([1.0, 2.0]) == [1.0, 2.0]
-    assert grouped([float(i) for i in range(16)]) == [0.5 + 2 * g for g in range(GROUPS)]
-    assert len(grouped([0.0] * 13)) == GROUPS
 
 
 def test_a_panel_for_each_metric_and_a_curve_for_each_group() -> None:

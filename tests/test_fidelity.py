@@ -41,6 +41,7 @@ class Given(nn.Identity):
 
 @pytest.mark.parametrize("num", [WIDTH // 2, 700], ids=["singular", "full rank"])
 def test_frechet_distance_equals_the_libraries(num: int) -> None:
+    from pytorch_fid.fid_score import calculate_frechet_distance
     from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
     from torchmetrics.image import FrechetInceptionDistance
 
@@ -55,6 +56,8 @@ def test_frechet_distance_equals_the_libraries(num: int) -> None:
     metric.update(real, real=True)
     assert found == pytest.approx(theirs, rel=1e-4)
     assert found == pytest.approx(metric.compute().item(), rel=1e-4)
+    moments = [x for features_NF in (ours, real) for x in (features_NF.double().mean(0), features_NF.double().T.cov())]
+    assert found == pytest.approx(calculate_frechet_distance(*(x.numpy() for x in moments)), rel=1e-4)
 
 
 def test_running_moments_equal_those_of_all_features() -> None:
@@ -96,14 +99,14 @@ def test_kernel_distance_equals_the_libraries() -> None:
     from torchmetrics.image import KernelInceptionDistance
 
     ours, real = features(260, 0), features(240, 1, shift=0.2)
-    found = kernel_distance(ours, real)
     theirs = kid_features_to_metric(ours, real, kid_subset_size=240, verbose=False)
-    assert found.mean == theirs[KEY_METRIC_KID_MEAN]
-    metric = KernelInceptionDistance(feature=Given(), subsets=10, subset_size=240)
+    assert kernel_distance(ours, real).mean == theirs[KEY_METRIC_KID_MEAN]
+    ours = ours[:240]  # a subset is the whole, so that no draw of one matters
+    metric = KernelInceptionDistance(feature=Given(), subsets=1, subset_size=240)
     metric.update(ours, real=False)
     metric.update(real, real=True)
     with torch.random.fork_rng():
-        assert found.mean == pytest.approx(metric.compute()[0].item(), abs=found.error)
+        assert kernel_distance(ours, real).mean == pytest.approx(metric.compute()[0].item(), rel=1e-4)
 
 
 def test_the_kernel_distance_has_the_error_it_says() -> None:
@@ -139,6 +142,13 @@ def test_precision_and_recall_equal_their_definition_and_the_library() -> None:
     assert recall == pytest.approx(inside(real, ours), rel=1e-3)
     theirs = prc_features_to_metric(ours, real, verbose=False)
     assert (precision, recall) == (pytest.approx(theirs["precision"]), pytest.approx(theirs["recall"]))
+
+
+@pytest.mark.parametrize("metric", [inception_score, kernel_distance, precision_recall])
+def test_too_few_images_are_refused(metric: Any) -> None:
+    few = [features(19, 0)] * (1 if metric is inception_score else 2)
+    with pytest.raises(ValueError, match="at least 20 images, got 19"):
+        metric(*few)
 
 
 # --- Inception ------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from typing import Any
 import huggingface_hub
 import pytest
 import torch
-from huggingface_hub.errors import HFValidationError, OfflineModeIsEnabled
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 from safetensors.torch import load_file
 from test_card import card
 from tiny import make_scale_teacher, make_var_student, make_var_teacher, seeded, tree_of
@@ -94,9 +94,13 @@ def test_types_on_disk(model: Path, tmp_path: Path) -> None:
     assert types() == dict.fromkeys(("tokenizer", "teacher", "student"), full)
     assert types(dtype=torch.bfloat16) == dict.fromkeys(("tokenizer", "teacher", "student"), half)
     pipe.to(torch.bfloat16)
-    assert types() == {"tokenizer": full, "teacher": half, "student": half}
+    assert types() == {"tokenizer": full | half, "teacher": half, "student": half}, "the decoder is cast, no more"
+    assert DistilledPipeline.from_pretrained(tmp_path).dtype == torch.float32
+    assert DistilledPipeline.from_pretrained(tmp_path, torch_dtype=torch.bfloat16).dtype == torch.bfloat16
     with pytest.raises(ValueError, match=r"dtype must be one of torch\.float32"):
         pipe.save_pretrained(tmp_path, dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"dtype must be one of torch\.float32"):
+        DistilledPipeline.from_pretrained(tmp_path, torch_dtype=torch.int8)
 
 
 def test_what_cannot_be_saved_is_refused(pipe: DistilledPipeline, tmp_path: Path, asked: list[Any]) -> None:
@@ -139,7 +143,9 @@ def test_a_folder_without_a_card_is_not_uploaded(model: Path, asked: list[Any]) 
     assert not asked
 
 
-@pytest.mark.parametrize("error", [HFValidationError("no such name"), OfflineModeIsEnabled("offline\nindeed")])
+@pytest.mark.parametrize(
+    "error", [HFValidationError("no such name"), OfflineModeIsEnabled("offline\nindeed"), ConnectionResetError()]
+)
 def test_what_the_hub_refuses_is_one_sentence(
     error: Exception, pipe: DistilledPipeline, monkeypatch: pytest.MonkeyPatch, asked: list[Any]
 ) -> None:
@@ -147,7 +153,7 @@ def test_what_the_hub_refuses_is_one_sentence(
         raise error
 
     monkeypatch.setattr(FakeHub, "create_repo", create_repo)
-    with pytest.raises(ValueError, match=r"does not take 'me/mine': (no such name|offline)$"):
+    with pytest.raises(ValueError, match=r"does not take 'me/mine': (no such name|offline|ConnectionResetError)$"):
         pipe.push_to_hub("me/mine", card=card())
 
 
@@ -174,6 +180,37 @@ def test_the_cache_serves_without_a_network(
     assert same_images(pipe, DistilledPipeline.from_pretrained("me/tiny", revision=revision, **options), (1,))
     with pytest.raises(ValueError, match="no local folder 'me/other', and the hub does not give it"):
         DistilledPipeline.from_pretrained("me/other", **options)
+
+
+def test_a_connection_that_breaks_off_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of whichever HTTP client huggingface_hub stands on."""
+    kind = next(base for base in HfHubHTTPError.__bases__ if base is not OSError)
+
+    def snapshot_download(*args: Any, **options: Any) -> None:
+        raise kind("timed out")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    with pytest.raises(ValueError, match="the hub does not give it: timed out"):
+        DistilledPipeline.from_pretrained("me/tiny")
+
+
+def test_a_cached_repository_that_is_no_model_is_refused(model: Path, tmp_path: Path) -> None:
+    cache = cached(model, tmp_path)
+    (cache / "models--me--tiny" / "snapshots" / COMMIT / "config.json").unlink()
+    with pytest.raises(ValueError, match=r"me/tiny is no model: it has no config\.json"):
+        DistilledPipeline.from_pretrained("me/tiny", cache_dir=cache, local_files_only=True)
+
+
+def test_the_recipe_goes_to_the_hub_and_comes_back(pipe: DistilledPipeline, tmp_path: Path, asked: list[Any]) -> None:
+    folder = pipe.save_pretrained(tmp_path / "mine")
+    (folder / "recipe.yaml").write_text("teacher: someone/teacher\n")
+    DistilledPipeline.from_pretrained(folder).push_to_hub("me/mine", card=card())
+    files, options = asked[-1]
+    assert files["recipe.yaml"] == b"teacher: someone/teacher\n" and "recipe.yaml" in options["allow_patterns"]
+    assert b"```yaml\nteacher: someone/teacher\n```" in files["README.md"]
+    cache = cached(folder, tmp_path / "cache")
+    again = DistilledPipeline.from_pretrained("me/tiny", cache_dir=cache, local_files_only=True)
+    assert again.training_recipe == "teacher: someone/teacher\n"
 
 
 def test_offline_by_the_environment(model: Path, tmp_path: Path) -> None:

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from command import Capture, refused
 from tiny import distill_recipe, tree_of, write_yaml
 
+from ddecode import locks
 from ddecode.locks import NAME, held
 
 
@@ -86,23 +86,42 @@ def test_a_file_system_without_locks_is_used_without(
             pass
 
 
-def test_only_the_leader_of_a_launch_holds_it(tmp_path: Path) -> None:
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        with held(tmp_path / "x"), held(tmp_path / "x", leader=False):
+def test_a_folder_that_went_away_meanwhile_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mkdir, folder, gone = Path.mkdir, tmp_path / "x", []
+
+    def as_another_run_leaves(self: Path, *arguments: Any, **options: Any) -> None:
+        mkdir(self, *arguments, **options)
+        if not gone:
+            gone.append(self)
+            self.rmdir()
+
+    monkeypatch.setattr(Path, "mkdir", as_another_run_leaves)
+    with held(folder):
+        assert (folder / NAME).exists()
+    assert gone and not folder.exists()
+
+
+def test_the_main_process_of_a_launch_holds_it_for_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with held(tmp_path):
+        monkeypatch.setattr(locks, "rank", lambda: 1)
+        with held(tmp_path):
             pass
-    finally:
-        torch.distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize("verb", ["pairs", "distill", "sample"])
+@pytest.mark.parametrize("verb", ["pairs", "distill", "sample", "eval"])
 def test_a_verb_is_refused_where_another_run_is_at_work(
     verb: str, model: Path, tmp_path: Path, capsys: Capture
 ) -> None:
     out = tmp_path / "x"
     recipe = ["--config", write_yaml(tmp_path / "recipe.yaml", distill_recipe(model))]
-    arguments = {"pairs": recipe, "distill": [*recipe, "--pairs", tmp_path / "pairs"], "sample": [model]}[verb]
-    with held(out):
+    arguments = {
+        "pairs": [*recipe, "--out", out],
+        "distill": [*recipe, "--pairs", tmp_path / "pairs", "--out", out],
+        "sample": [model, "--out", out],
+        "eval": [model, "--json", tmp_path / "eval.json"],
+    }[verb]
+    folder = tmp_path / "eval.json.blocks" if verb == "eval" else out
+    with held(folder):
         before = tree_of(tmp_path)
-        assert f"another run is at work in {out}" in refused(capsys, verb, *arguments, "--out", out)
+        assert f"another run is at work in {folder}" in refused(capsys, verb, *arguments)
         assert tree_of(tmp_path) == before

@@ -26,9 +26,8 @@ def manifest_of(teacher: Teacher, config: PairsConfig = CONFIG, **changes: Any) 
     return make_manifest(teacher, "tiny", "0123", dataclasses.replace(config, **changes))
 
 
-def write(teacher: Teacher, folder: Path, rank: int = 0, world: int = 1, **changes: Any) -> int:
-    manifest = manifest_of(teacher, **changes)
-    return write_pairs(teacher, manifest, folder, rank=rank, world=world, show_progress=False)
+def write(teacher: Teacher, folder: Path, **changes: Any) -> int:
+    return write_pairs(teacher, manifest_of(teacher, **changes), folder, show_progress=False)
 
 
 @pytest.fixture(scope="module")
@@ -130,12 +129,6 @@ def test_a_grown_number_equals_that_number_at_once(whole: Path, teacher: Teacher
         write(teacher, tmp_path / "grown", num=num)
         assert len(Pairs(tmp_path / "grown")) == num
     assert tree_of(tmp_path / "grown") == tree_of(whole)
-
-
-def test_two_processes_equal_one(whole: Path, teacher: Teacher, tmp_path: Path) -> None:
-    made = [write(teacher, tmp_path / "split", rank=rank, world=2) for rank in (1, 0)]
-    assert made == [10, 18]
-    assert tree_of(tmp_path / "split") == tree_of(whole)
 
 
 @pytest.mark.parametrize("damage", ["flipped", "truncated", "emptied", "missing", "swapped"])

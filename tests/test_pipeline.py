@@ -1,5 +1,6 @@
 """The pipeline: forms of its output, where its randomness comes from, what it refuses, and its way to disk and back."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -169,6 +170,8 @@ def test_half_precision_is_near_fp32(family: str, kind: str, dtype: torch.dtype)
     exact, codes, decoded = draw("latent"), pipe.tokenizer.codebook_VC.clone(), pipe.decode(draw("latent")[0])
     assert pipe.to(dtype) is pipe and pipe.dtype == dtype
     assert torch.equal(pipe.tokenizer.codebook_VC, codes)
+    assert {p.dtype for p in pipe.tokenizer.decoder.parameters()} == {dtype}
+    assert {p.dtype for n, p in pipe.tokenizer.named_parameters() if not n.startswith("decoder.")} == {torch.float32}
     assert {p.dtype for m in (pipe.student, pipe.teacher.backbone) for p in m.parameters()} == {dtype}
     assert all(b.dtype != dtype for m in (pipe.student, pipe.teacher.backbone) for b in m.buffers())
     for ours, theirs in zip(draw("latent"), exact, strict=True):
@@ -178,6 +181,49 @@ def test_half_precision_is_near_fp32(family: str, kind: str, dtype: torch.dtype)
     assert (pipe.decode(exact[0]) - decoded).abs().max() < 0.05 * decoded.abs().max()
     assert draw("pt")[0].dtype == torch.float32
     assert not torch.is_autocast_enabled("cpu") and pipe.to(torch.float32).dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", ["fashion-llamagen", "fashion-var"])
+def test_bf16_pictures_of_a_bundled_model_are_those_of_fp32_to_one_percent(name: str) -> None:
+    pipe = DistilledPipeline.from_pretrained(name)
+
+    def draw() -> torch.Tensor:
+        return pipe(list(range(10)), generator=seeded(0), output_type="pt").images
+
+    exact = draw()
+    assert 0 < (pipe.to(torch.bfloat16) and draw() - exact).abs().mean() < 0.01
+
+
+@pytest.mark.parametrize("kind", ["split", "drafts"])
+@pytest.mark.parametrize("family", ["llamagen", "var"])
+def test_compiled_students_equal_eager_ones(family: str, kind: str) -> None:
+    """With all that dynamo does and no code generated: that takes long, and no part of it is ours."""
+    pipe = pipeline_of(family, kind)
+
+    def draw(batch: int) -> list[torch.Tensor]:
+        return [
+            pipe([0, 1, 2][:batch], num_inference_steps=n, generator=seeded(0), output_type="latent").images
+            for n in (1, 2)
+        ]
+
+    eager = [draw(batch) for batch in (1, 3)]
+    names = list(pipe.student.state_dict())
+    assert pipe.compile(backend="eager") is pipe
+    compiled_blocks = [m for m in pipe.student.modules() if m._compiled_call_impl is not None]
+    assert len(compiled_blocks) == pipe.student.backbone.depth
+    assert not any(m._compiled_call_impl for m in pipe.teacher.backbone.modules())
+    for ours, theirs in zip([draw(batch) for batch in (1, 3)], eager, strict=True):
+        for a, b in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(a, b)
+    assert list(pipe.student.state_dict()) == names
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler here")
+def test_a_student_compiled_to_machine_code_equals_the_eager_one() -> None:
+    pipe = make_pipeline()
+    exact = pipe([0, 1], generator=seeded(0), output_type="latent").images
+    compiled = pipe.compile()([0, 1], generator=seeded(0), output_type="latent").images
+    torch.testing.assert_close(compiled, exact, rtol=1e-4, atol=1e-4)
 
 
 def test_to_takes_device_and_dtype_in_any_order() -> None:
@@ -251,7 +297,12 @@ def test_what_the_callback_changes_is_gone_on_from(pipe: DistilledPipeline, in_p
 def test_a_callback_of_other_tensors_is_refused(pipe: DistilledPipeline) -> None:
     with pytest.raises(ValueError, match="knows embeddings_BLC, not latents"):
         pipe(0, callback_on_step_end_tensor_inputs=["latents"])
-    for returned, message in [({"latents": None}, "not latents"), ({"embeddings_BLC": torch.zeros(1)}, r"\(1,\) for")]:
+    for returned, message in [
+        ({"latents": None}, "not latents"),
+        ({"embeddings_BLC": torch.zeros(1)}, r"\(1,\) for"),
+        ({"embeddings_BLC": 1.0}, "no tensor but float"),
+        (torch.zeros(2), "a dict of tensors or None, got Tensor"),
+    ]:
         with pytest.raises(ValueError, match=message):
             pipe(0, callback_on_step_end=lambda *given, returned=returned: returned)
 

@@ -52,7 +52,8 @@ def test_the_rows_are_teacher_student_in_one_and_two_passes_and_guidance(kind: s
     student, average = make(teacher, starts=starts), make(teacher, seed=5, starts=starts)
     guidance = ARDiffusion.from_teacher(teacher, width=16, depth=2)
     preview = make_preview(student, teacher, tmp_path / "previews", guidance=guidance)
-    preview(average, 7)
+    shown = preview(average, 7).pictures["preview"]
+    assert np.array_equal(np.asarray(shown), np.asarray(Image.open(tmp_path / "previews" / "0000007.png")))
     noise_NLC, labels_N, ids_NL = (part[:8] for part in preview.kept)
     assert labels_N.tolist() == [0, 1, 2, 3, 0, 1, 2, 3]
     assert torch.equal(ids_NL, resolve(teacher, noise_NLC, labels_N, **as_dict(teacher.recipe), num_steps=8))
@@ -62,10 +63,10 @@ def test_the_rows_are_teacher_student_in_one_and_two_passes_and_guidance(kind: s
     guided_NL = guidance.sample(noise_NLC, labels_N, teacher.codebook_VC)
     with torch.no_grad():
         expected = [to_uint8(teacher.tokenizer.decode(codes)) for codes in (ids_NL, first, second, guided_NL)]
-    shown = bands_of(tmp_path / "previews" / "0000007.png", expected[0].shape[1], rows=4)
-    assert shown.shape[:3] == (2, 4, 4)
+    bands = bands_of(tmp_path / "previews" / "0000007.png", expected[0].shape[1], rows=4)
+    assert bands.shape[:3] == (2, 4, 4)
     for row, images in enumerate(expected):
-        gap = np.abs(shown[:, row].reshape(images.shape).astype(int) - images)
+        gap = np.abs(bands[:, row].reshape(images.shape).astype(int) - images)
         assert gap.max() <= 1, (row, gap.max())  # batches of other sizes round otherwise
 
 
@@ -87,7 +88,7 @@ def test_passes_are_the_pipelines(student: Student, teacher: Teacher) -> None:
 def test_losses_are_of_a_pass_from_noise_with_either_weights(teacher: Teacher, tmp_path: Path) -> None:
     student, average = make_student(teacher).train(), make_student(teacher, seed=5).eval()
     preview = make_preview(student, teacher, tmp_path)
-    metrics = preview(average, 1)
+    metrics = preview(average, 1).metrics
     noise_NLC, labels_N, ids_NL = preview.kept
     for name, model in (("raw", student), ("ema", average)):
         logits_NLV = model.predict(noise_NLC, labels_N).logits_BLV
@@ -97,7 +98,7 @@ def test_losses_are_of_a_pass_from_noise_with_either_weights(teacher: Teacher, t
         assert metrics[f"heldout_accuracy_{name}"] == pytest.approx(accuracy)
     assert len(metrics) == 4 and metrics["heldout_raw"] != metrics["heldout_ema"]
     assert student.training and all(p.requires_grad and p.grad is None for p in student.parameters())
-    assert preview(average, 2) == metrics
+    assert preview(average, 2).metrics == metrics
 
 
 def test_the_teacher_is_walked_once_and_not_before_the_first_preview(

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from ddecode.evaluation.fidelity import Extracted, Inception
 from ddecode.evaluation.metrics import fit_gaussian, frechet_distance
 from ddecode.evaluation.protocols import PROTOCOLS, Inspector, evaluate
-from ddecode.evaluation.reference import Reference, read_statistics
+from ddecode.evaluation.reference import Reference, read_statistics, see
 from ddecode.pipeline import DistilledPipeline
 from ddecode.randomness import sample_generators
 from ddecode.samples import draw_labels
@@ -81,6 +81,31 @@ def test_adm_measures_plans(pipe: DistilledPipeline, reference: Path) -> None:
         evaluate(pipe, plans, judge, model="tiny", num=42)
     with pytest.raises(ValueError, match="at least 20, got 16"):
         evaluate(pipe, plans, judge, model="tiny", num=16)
+
+
+def test_a_rows_figures_are_the_libraries_on_the_same_features(reference: Path, real: np.ndarray) -> None:
+    from pytorch_fid.fid_score import calculate_frechet_distance
+    from torch_fidelity.metric_isc import isc_features_to_metric
+    from torch_fidelity.metric_kid import kid_features_to_metric
+    from torch_fidelity.metric_prc import prc_features_to_metric
+
+    judge = inspector("adm", reference)
+    images = np.random.default_rng(1).integers(0, 250, (NUM, 8, 8, 3), np.uint8)
+    row = judge.row([see(StandIn(), part) for part in (images[:7], images[7:])], plan="x", network_evaluations=1)
+    extracted = StandIn()(torch.from_numpy(images).permute(0, 3, 1, 2))
+    ours, theirs = extracted.features_BF, torch.from_numpy(seen(real))
+    fitted = fit_gaussian(ours.numpy())
+    statistics = (*vars(fitted).values(), *vars(judge.reference.real).values())
+    expected = {
+        "fid": calculate_frechet_distance(*statistics),
+        "inception_score": isc_features_to_metric(extracted.logits_BK)["inception_score_mean"],
+        "kid": kid_features_to_metric(ours, theirs, kid_subset_size=NUM, verbose=False)[
+            "kernel_inception_distance_mean"
+        ],
+    } | prc_features_to_metric(ours, theirs, verbose=False)
+    found = {name: getattr(row, name) for name in ("fid", "inception_score", "kid", "precision", "recall")}
+    assert found == pytest.approx({name: expected[name] for name in found}, rel=1e-3)
+    assert 0 < row.precision < 1 and 0 < row.recall < 1 and row.kid_error > 0 and row.inception_score_error > 0
 
 
 def test_dd1_has_uniform_labels_and_may_have_statistics_alone(
@@ -148,6 +173,8 @@ def test_references_that_are_none_are_refused(tmp_path: Path) -> None:
     assert "holds 3 images, a reference needs at least 20" in refusal("few.npz")
     np.savez(tmp_path / "wide.npz", mu=np.zeros(64), sigma=np.eye(64))
     assert "is of 64 features, the network that judges has 12" in refusal("wide.npz")
+    np.savez(tmp_path / "nan.npz", mu=np.full(WIDTH, np.nan), sigma=np.eye(WIDTH))
+    assert "its statistics are not finite" in refusal("nan.npz")
     torch.save({"m": Path("x"), "s": 1}, tmp_path / "unsafe.pth")
     assert "damaged, or no .npz or .pth of plain arrays" in refusal("unsafe.pth")
 
@@ -215,6 +242,9 @@ def test_comparing_across_protocols_sizes_and_references_is_refused(
     assert "feature_hash is stand-in in" in told("adm", "network")
     (tmp_path / "junk.json").write_text("{}")
     assert "is no result of ddecode eval" in told("junk")
+    for rows in ([], {}, [1], [{"fid": 1.0}], [renamed["rows"][0], {"plan": "1"}]):
+        (tmp_path / "junk.json").write_text(json.dumps(renamed | {"rows": rows}))
+        assert "is no result of ddecode eval" in told("junk")
     (tmp_path / "junk.json").write_text("{")
     assert "is damaged" in told("junk")
     assert "there is no file" in told("missing")

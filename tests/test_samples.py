@@ -4,12 +4,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from command import Capture, refused, run
+from tiny import make_pipeline
 
 from ddecode import samples
 from ddecode.images import ImageSet, read_note
 from ddecode.pipeline import DistilledPipeline
-from ddecode.samples import draw_labels, make_settings, write_folder
+from ddecode.samples import draw_labels, make_settings, weights_hash, write_folder
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -105,6 +107,14 @@ def test_a_folder_of_other_weights_is_refused(pipe: DistilledPipeline, tmp_path:
     renamed = make_settings(pipe, plan, model="renamed", classes=[0], num=2)
     write_folder(pipe, plan, mine, tmp_path, batch=2, show_progress=False)
     assert write_folder(pipe, plan, renamed, tmp_path, batch=2, show_progress=False) == 1
+
+
+def test_half_precision_weights_have_a_hash_of_their_own() -> None:
+    pipe = make_pipeline()
+    plan = pipe.plan(1)
+    exact = weights_hash(pipe, plan)
+    half = weights_hash(pipe.to(torch.bfloat16), plan)
+    assert half != exact and weights_hash(pipe, plan) == half
 
 
 def test_sample_refuses_what_it_cannot_pack(model: Path, tmp_path: Path, capsys: Capture) -> None:

@@ -3,20 +3,23 @@
 import dataclasses
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from tiny import L, make_teacher, seeded
 from torch import Tensor, nn
 
 from ddecode.config import TrainingConfig
 from ddecode.objectives.likelihood import LikelihoodObjective
+from ddecode.randomness import draw
 from ddecode.training import (
     Objective,
+    Shown,
     batch_indices,
     learning_rate,
     parameter_groups,
@@ -42,7 +45,7 @@ class Toy(Objective):
         self, x: Tensor, y: Tensor, generator: torch.Generator, progress: float = 0.0, step: int = 0
     ) -> tuple[Tensor, dict[str, Tensor]]:
         self.progress.append(progress)
-        x = x + 0.05 * torch.randn(x.shape, generator=generator)
+        x = x + 0.05 * draw(torch.randn, tuple(x.shape), generator)
         loss = (self.model(x)[:, 0] - y).square().mean()
         return loss, {"error": loss.detach().sqrt()}
 
@@ -181,6 +184,54 @@ def test_runs_of_either_precision_follow_each_other_in_one_process(tmp_path: Pat
         assert next(ema.parameters()).dtype == torch.float32
 
 
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
+    """Sets what `accelerate launch` would set."""
+
+    def launch(**variables: str) -> None:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        for name, value in variables.items():
+            monkeypatch.setenv(f"ACCELERATE_{name}", value)
+
+    yield launch
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_accumulated_gradients_are_those_of_the_whole_batch(tmp_path: Path, launched: Callable[..., None]) -> None:
+    whole, samples = run(tmp_path / "whole"), Points()
+    launched(GRADIENT_ACCUMULATION_STEPS="2")
+    parts = run(tmp_path / "parts", samples)
+    assert samples.calls == 18
+    for a, b in zip(log_of(tmp_path / "whole"), log_of(tmp_path / "parts"), strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], rel=1e-4) and b["grad_norm"] == pytest.approx(a["grad_norm"], 1e-4)
+    for x, y in zip(whole.parameters(), parts.parameters(), strict=True):
+        torch.testing.assert_close(x, y, atol=1e-5, rtol=1e-4)
+
+
+def test_accelerates_bf16_is_the_recipes(tmp_path: Path, launched: Callable[..., None]) -> None:
+    theirs = run(tmp_path / "theirs", config=dataclasses.replace(CONFIG, precision="bf16"))
+    plain = run(tmp_path / "plain")
+    launched(MIXED_PRECISION="bf16")
+    ours = run(tmp_path / "ours")
+    assert equal_states(ours, theirs) and not equal_states(ours, plain)
+    with pytest.raises(ValueError, match="begun with another config"):
+        run(tmp_path / "plain", resume=True)
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "message"),
+    [("USE_FSDP", "true", "FSDP is not supported"), ("MIXED_PRECISION", "fp16", "choose bf16 or no"),
+     ("GRADIENT_ACCUMULATION_STEPS", "3", r"batch 4 does not divide over 1 processes and 3 steps of gradient acc")],
+)  # fmt: skip
+def test_what_training_does_not_do_is_refused(
+    variable: str, value: str, message: str, tmp_path: Path, launched: Callable[..., None]
+) -> None:
+    launched(**{variable: value})
+    with pytest.raises(ValueError, match=message):
+        run(tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+
+
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
     samples = Points()
     samples.x[:] = math.nan
@@ -192,10 +243,10 @@ def test_previews_come_at_their_steps_with_the_average(tmp_path: Path) -> None:
     seen: list[int] = []
     config = TrainingConfig(**{**CONFIG.__dict__, "preview_every": 4})
 
-    def preview(model: nn.Module, step: int) -> dict[str, float]:
+    def preview(model: nn.Module, step: int) -> Shown:
         assert not model.training
         seen.append(step)
-        return {"measured": step / 2}
+        return Shown(metrics={"measured": step / 2})
 
     run(tmp_path, config=config, preview=preview)
     assert seen == [4, 8]

@@ -1,7 +1,6 @@
-"""The bundled models: they load by name, their parts belong together, and the demo and the README run on them."""
+"""The bundled models: they load by name, their parts belong together, and the demo runs on them."""
 
 import json
-import re
 from pathlib import Path
 
 import numpy as np
@@ -82,14 +81,6 @@ def test_demo_writes_a_report_that_needs_no_network(name: str, tmp_path: Path) -
     assert set(json.loads((tmp_path / "demo" / "demo.json").read_text())) == {"rows", "timing"}
     with pytest.raises(ValueError, match="not empty"):
         run_demo(config, tmp_path / "demo", size)
-
-
-def test_readme_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
-    assert blocks
-    for block in blocks:
-        exec(compile(block, "README.md", "exec"), {"__name__": "readme"})
 
 
 def test_samples_depend_on_seed_and_index_alone(pipe: DistilledPipeline) -> None:

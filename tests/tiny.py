@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ddecode.checkpoint import family_module, save_model
+from ddecode.dd2_student import DD2Student
 from ddecode.draft_student import DraftStudent
 from ddecode.pipeline import DistilledPipeline
 from ddecode.student import DD1Student, Student
@@ -87,11 +88,23 @@ def make_draft_student(
     family = family_module(teacher.family)
     with torch.random.fork_rng():
         student = family.build_student(
-            family.student_config(teacher, depth, drafting=True), teacher.tokenizer, None,
+            family.student_config(teacher, depth, shifted=True), teacher.tokenizer, None,
             starts=starts, drafts=drafts, joins=joins, num_steps=8, draft_steps=4,
         )  # fmt: skip
     (scramble if teacher.family == "llamagen" else scramble_var)(student, seed + 2)
     assert isinstance(student, DraftStudent)
+    return student
+
+
+def make_dd2_student(teacher: Teacher, *, seed: int = 0, starts: tuple[int, ...] = (0, 4)) -> DD2Student:
+    """Of either family."""
+    family = family_module(teacher.family)
+    with torch.random.fork_rng():
+        student = family.build_student(
+            family.student_config(teacher, None, shifted=True), teacher.tokenizer, None, starts=starts, head_depth=1
+        )
+    (scramble if teacher.family == "llamagen" else scramble_var)(student, seed + 2)
+    assert isinstance(student, DD2Student)
     return student
 
 

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from ddecode.dd2_student import DD2Student
 from ddecode.draft_student import DraftStudent
 from ddecode.student import DD1Student, Student
 from ddecode.types import Backbone, Tokenizer
@@ -55,6 +56,8 @@ def new_student(backbone: Backbone, tokenizer: Tokenizer, *, layerwise: bool, **
     """A student of the kind whose options these are."""
     if "drafts" in options:
         return DraftStudent(backbone, tokenizer, **options)
+    if "head_depth" in options:
+        return DD2Student(backbone, tokenizer, **options)
     return DD1Student(backbone, tokenizer, layerwise=layerwise, **options)
 
 
@@ -126,10 +129,22 @@ def encoder_sizes(state: Mapping[str, Tensor]) -> dict[str, Any]:
         ValueError: it holds no such encoder.
     """
     channels, *_ = shape_of(state, "encoder.conv_in.weight", 4)
-    levels = 1 + max(int(n.split(".")[2]) for n in state if n.startswith("encoder.conv_blocks."))
+    levels = count_of(state, "encoder.conv_blocks.")
     widths = [shape_of(state, f"encoder.conv_blocks.{i}.res.0.conv1.weight", 4)[0] for i in range(levels)]
-    blocks = 1 + max(int(n.split(".")[4]) for n in state if n.startswith("encoder.conv_blocks.0.res."))
+    blocks = count_of(state, "encoder.conv_blocks.0.res.")
     return {"channels": channels, "channel_mult": tuple(w // channels for w in widths), "res_blocks": blocks}
+
+
+def count_of(state: Mapping[str, Tensor], beginning: str) -> int:
+    """How many parts `{beginning}0.`, `{beginning}1.`, ... a state has.
+
+    Raises:
+        ValueError: there is none, or their numbers have a gap: one made-up number could ask for any amount of memory.
+    """
+    found = {name.removeprefix(beginning).partition(".")[0] for name in state if name.startswith(beginning)}
+    if not found or found != set(map(str, range(len(found)))):
+        raise ValueError(f"{beginning}N must be numbered 0, 1, 2, ... without a gap")
+    return len(found)
 
 
 def shape_of(state: Mapping[str, Tensor], name: str, dimensions: int) -> tuple[int, ...]:

@@ -1,6 +1,6 @@
 """Attention as every family here calls it.
 
-B batch, H heads, N queries, S keys, d head width.
+B batch, H heads, N queries, S keys, d head width; X any leading shape.
 """
 
 import math
@@ -8,6 +8,9 @@ import math
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+SCORES_AT_ONCE = 2**20
+"""2 MiB in bf16: they stay in the cache between the two products, and memory does not grow with the batch."""
 
 
 def attend(
@@ -23,15 +26,44 @@ def attend(
 
     `scale` multiplies the scores; None is one over the root of the head width.
 
-    On a CPU the plain formula is faster than the fused kernel in two places and used there: in training (the kernel's
-    backward pass takes five times as long at a hundred positions) and for a single query (half as long again).
+    On a CPU the plain formula is faster than the fused kernel in three places and used there: in training (the kernel's
+    backward pass takes five times as long at a hundred positions), for a single query (see `attend_one`) and in bf16
+    (twice as long).
     """
+    queries, keys = q_BHNd.shape[2], k_BHSd.shape[2]
     training = torch.is_grad_enabled() and q_BHNd.requires_grad
-    if q_BHNd.device.type != "cpu" or not (training or q_BHNd.shape[2] == 1):
+    if q_BHNd.device.type == "cpu" and queries == 1 and mask is None and not training:
+        return attend_one(q_BHNd, k_BHSd, v_BHSd, scale=scale)
+    one_mask = mask is None or mask.dim() == 2
+    few_heads = not training and queries > 1 and q_BHNd.dtype == torch.bfloat16 and one_mask
+    if q_BHNd.device.type != "cpu" or not (training or queries == 1 or few_heads):
         return F.scaled_dot_product_attention(q_BHNd, k_BHSd, v_BHSd, attn_mask=mask, is_causal=causal, scale=scale)
-    scores = q_BHNd @ k_BHSd.transpose(-1, -2) * (q_BHNd.shape[-1] ** -0.5 if scale is None else scale)
     if causal:
-        mask = torch.ones(scores.shape[-2:], dtype=torch.bool).tril()
-    if mask is not None:
-        scores = scores + torch.zeros(mask.shape, dtype=scores.dtype).masked_fill(~mask, -math.inf)
-    return torch.softmax(scores, -1) @ v_BHSd
+        mask = torch.ones(queries, keys, dtype=torch.bool).tril()
+    bias = None if mask is None else torch.zeros(mask.shape, dtype=q_BHNd.dtype).masked_fill(~mask, -math.inf)
+    q_BHNd = q_BHNd * (q_BHNd.shape[-1] ** -0.5 if scale is None else scale)
+    if not few_heads:
+        return mix(q_BHNd, k_BHSd, v_BHSd, bias)
+    heads = max(1, SCORES_AT_ONCE // (queries * keys))
+    groups = zip(*(x.flatten(0, 1).split(heads) for x in (q_BHNd, k_BHSd, v_BHSd)), strict=True)
+    return torch.cat([mix(q, k, v, bias) for q, k, v in groups]).unflatten(0, q_BHNd.shape[:2])
+
+
+def attend_one(q_BH1d: Tensor, k_BHSd: Tensor, v_BHSd: Tensor, *, scale: float | None) -> Tensor:
+    """A single query to all keys, on a CPU, in fp32 whatever the dtype of the query.
+
+    torch copies keys and values of half precision that are part of a cache before it multiplies them. Keys stand left,
+    for which the product reads them in order.
+    """
+    scale = q_BH1d.shape[-1] ** -0.5 if scale is None else scale
+    with torch.autocast("cpu", enabled=False):
+        scores_BHS1 = k_BHSd.float() @ (q_BH1d.float() * scale).transpose(-1, -2)
+        return (torch.softmax(scores_BHS1.transpose(-1, -2), -1) @ v_BHSd.float()).type_as(q_BH1d)
+
+
+def mix(q_XNd: Tensor, k_XSd: Tensor, v_XSd: Tensor, bias: Tensor | None) -> Tensor:
+    """The plain formula, of scaled queries and what is added to the scores."""
+    scores = q_XNd @ k_XSd.transpose(-1, -2)
+    if bias is not None:
+        scores += bias
+    return torch.softmax(scores, -1) @ v_XSd

@@ -10,11 +10,13 @@ from typing import Any
 
 from torch import Tensor
 
+from ddecode.arguments import shown
 from ddecode.student import DD1Student, Student
 from ddecode.teacher import Recipe, Teacher
 from ddecode.types import Tokenizer
 from third_party_loaders.adapter import (
     Adapter,
+    count_of,
     encoder_sizes,
     is_student,
     new_student,
@@ -61,6 +63,30 @@ def build_backbone(
     return built(make, state, "LlamaGen transformer of this config")
 
 
+def shared_sizes(tokenizer: VQConfig, side: int) -> dict[str, Any]:
+    """What a teacher's sizes have to be for this tokenizer and images of `side` pixels.
+
+    Raises:
+        ValueError: such images do not divide into tokens.
+    """
+    if side % tokenizer.downsampling:
+        raise ValueError(f"images of {side} pixels do not divide into tokens of {tokenizer.downsampling}")
+    return {"vocab_size": tokenizer.vocab_size, "tokens": (side // tokenizer.downsampling) ** 2}
+
+
+def check_tokenizer(config: TransformerConfig, tokenizer: Tokenizer) -> None:
+    """
+    Raises:
+        ValueError: it is none, or has other codes than the model.
+    """
+    codes = getattr(tokenizer, "codebook_VC", None)
+    if codes is None:
+        raise ValueError(f"a model needs a tokenizer with its codebook, got {shown(tokenizer)}")
+    if len(codes) != config.vocab_size or config.code_width not in (None, codes.shape[1]):
+        ours = f"{config.vocab_size} codes" + (f" of width {config.code_width}" if config.code_width else "")
+        raise ValueError(f"the model has {ours}, the tokenizer {len(codes)} of width {codes.shape[1]}")
+
+
 def build_teacher(
     config: TransformerConfig, tokenizer: Tokenizer, state: Mapping[str, Tensor] | None, recipe: Recipe
 ) -> Teacher:
@@ -74,6 +100,7 @@ def build_student(
     **options: Any,
 ) -> Student:
     """Without a state the weights are random; `options` are those of the student's kind, see `Student.options`."""
+    check_tokenizer(config, tokenizer)
 
     def make() -> Student:
         backbone = LlamaGenTransformer(config)
@@ -84,11 +111,11 @@ def build_student(
     return built(make, state, "student of this config")
 
 
-def student_config(teacher: Teacher, depth: int | None, *, drafting: bool = False) -> TransformerConfig:
-    """The sizes of a student of this teacher; a drafting one reads ids, as its teacher does."""
+def student_config(teacher: Teacher, depth: int | None, *, shifted: bool = False) -> TransformerConfig:
+    """The sizes of a student of this teacher; a `ShiftedStudent` reads ids, as its teacher does."""
     assert isinstance(teacher.backbone, LlamaGenTransformer)
     config = teacher.backbone.config
-    code_width = None if drafting else teacher.codebook_VC.shape[1]
+    code_width = None if shifted else teacher.codebook_VC.shape[1]
     return dataclasses.replace(config, code_width=code_width, depth=depth or config.depth)
 
 
@@ -107,18 +134,18 @@ def transformer_config(
         vocab_size, width = shape_of(state, "output.weight", 2)
         mlp_width, _ = shape_of(state, "layers.0.feed_forward.w1.weight", 2)
         _, token_width = shape_of(state, "tok_embeddings.weight", 2)
-        depth = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("layers."))
+        depth = count_of(state, "layers.")
     except ValueError as error:
         raise ValueError(f"this state is no LlamaGen transformer: {error}") from None
-    heads = n_head or PUBLISHED_HEADS.get((width, depth)) or max(1, width // 64)
+    heads = PUBLISHED_HEADS.get((width, depth)) or max(1, width // 64)
     caption = state.get("cls_embedding.uncond_embedding")
     labels = state.get("cls_embedding.embedding_table.weight")
     return TransformerConfig(
         vocab_size=vocab_size,
         width=width,
         depth=depth,
-        heads=heads,
-        tokens=block_size or 256,
+        heads=heads if n_head is None else n_head,
+        tokens=256 if block_size is None else block_size,
         num_classes=len(labels) - 1 if labels is not None else 0,
         code_width=token_width if student else None,
         caption_width=None if caption is None else caption.shape[1],

@@ -7,14 +7,20 @@ B batch, C code width, V codes, L tokens, h w the latent grid, H W the image.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ddecode.codebook import nearest_code
+from ddecode.arguments import check_images, check_sizes
+from ddecode.codebook import code_vectors, nearest_code
+from ddecode.types import Reconstruction
 from third_party_loaders.vqgan import Decoder, Encoder
+
+COMMITMENT = 0.25
+"""Weight of the latents' part in the code loss, upstream's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +33,9 @@ class VQConfig:
     channel_mult: tuple[int, ...] = (1, 1, 2, 2, 4)
     res_blocks: int = 2
     z_channels: int = 256
+
+    def __post_init__(self) -> None:
+        check_sizes(self)
 
     @property
     def downsampling(self) -> int:
@@ -43,9 +52,27 @@ class Codes(nn.Module):
         self.embedding = nn.Embedding(config.vocab_size, config.code_width)
         self.register_buffer("codebook_used", VQModel.unused_record())
 
+        self._known: tuple[Tensor, int, Tensor] | None = None
+
     @property
     def unit_VC(self) -> Tensor:
-        return F.normalize(self.embedding.weight, dim=-1)
+        """Unit rows. In evaluation mode and without gradients they are made anew only after the table has changed."""
+        table_VC = self.embedding.weight
+        if self.training or table_VC.is_inference() or (torch.is_grad_enabled() and table_VC.requires_grad):
+            return F.normalize(table_VC, dim=-1)
+        if self._known is not None:
+            source_VC, version, unit_VC = self._known
+            # the source keeps its memory from being given to another table
+            if table_VC.is_set_to(source_VC) and table_VC._version == version:
+                return unit_VC
+        with torch.inference_mode(False), torch.no_grad():
+            unit_VC = F.normalize(table_VC, dim=-1)
+        self._known = (table_VC.detach(), table_VC._version, unit_VC)
+        return unit_VC
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies begin anew: the versions of their tables do."""
+        return {**self.__dict__, "_known": None}
 
 
 class VQModel(nn.Module):
@@ -77,14 +104,30 @@ class VQModel(nn.Module):
     @torch.no_grad()
     def encode(self, images_B3HW: Tensor) -> Tensor:
         """Images fp32 [B,3,H,W] in [-1,1] to ids int64 [B,L] in raster order."""
+        check_images(images_B3HW, self.config.downsampling)
         latents_BLC = rearrange(self.latents(images_B3HW), "b c h w -> b (h w) c")
         return nearest_code(latents_BLC, self.codebook_VC)
 
     def decode(self, tokens: Tensor) -> Tensor:
         """Ids int64 [B,L] or embeddings [B,L,C] to images fp32 [B,3,H,W], nominally in [-1,1], not clamped."""
-        embeddings_BLC = tokens if tokens.is_floating_point() else F.embedding(tokens, self.codebook_VC)
+        embeddings_BLC = code_vectors(tokens, self.codebook_VC)
         side = round(embeddings_BLC.shape[1] ** 0.5)
-        if side * side != embeddings_BLC.shape[1]:
+        if not side or side * side != embeddings_BLC.shape[1]:
             raise ValueError(f"{embeddings_BLC.shape[1]} tokens do not form a square grid")
         latents = rearrange(embeddings_BLC, "b (h w) c -> b c h w", h=side)
         return self.decoder(self.post_quant_conv(latents)).float()
+
+    def reconstruct(self, images_B3HW: Tensor, generator: torch.Generator) -> Reconstruction:
+        """Encode, quantise and decode, straight through; `generator` is for tokenizers that draw."""
+        latents_BLC = rearrange(self.latents(images_B3HW), "b c h w -> b (h w) c")
+        with torch.no_grad():
+            ids_BL = nearest_code(latents_BLC, self.codebook_VC)
+        codes_BLC = F.embedding(ids_BL, self.codebook_VC)
+        straight_through = latents_BLC + (codes_BLC - latents_BLC).detach()
+        commitment = F.mse_loss(latents_BLC, codes_BLC.detach())
+        return Reconstruction(
+            images_B3HW=self.decode(straight_through),
+            ids=ids_BL,
+            targets_NC=latents_BLC.detach().flatten(0, 1),
+            code_loss=F.mse_loss(codes_BLC, latents_BLC.detach()) + COMMITMENT * commitment,
+        )

@@ -15,8 +15,10 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ddecode.arguments import check_sizes
+from ddecode.linear import Linear
 from ddecode.student import renumber_layers
-from ddecode.types import Condition, KeyValueCache
+from ddecode.types import Condition, KeyValueCache, compute_dtype
 from third_party_loaders.attention import attend
 
 
@@ -40,6 +42,7 @@ class TransformerConfig:
     """None: 8/3 of the width, rounded up to a multiple of 256."""
 
     def __post_init__(self) -> None:
+        check_sizes(self)
         if self.width % self.heads or self.width // self.heads % 4:
             raise ValueError(f"width {self.width} over {self.heads} heads: head width must be a multiple of 4")
         if round(self.tokens**0.5) ** 2 != self.tokens:
@@ -70,9 +73,9 @@ class FeedForward(nn.Module):
 
     def __init__(self, width: int, hidden_width: int) -> None:
         super().__init__()
-        self.w1 = nn.Linear(width, hidden_width, bias=False)
-        self.w3 = nn.Linear(width, hidden_width, bias=False)
-        self.w2 = nn.Linear(hidden_width, width, bias=False)
+        self.w1 = Linear(width, hidden_width, bias=False)
+        self.w3 = Linear(width, hidden_width, bias=False)
+        self.w2 = Linear(hidden_width, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.w2(F.silu(self.w1(x)) * self.w3(x))
@@ -112,8 +115,8 @@ class Attention(nn.Module):
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
-        self.wqkv = nn.Linear(width, 3 * width, bias=False)
-        self.wo = nn.Linear(width, width, bias=False)
+        self.wqkv = Linear(width, 3 * width, bias=False)
+        self.wo = Linear(width, width, bias=False)
 
     def forward(
         self, x_BND: Tensor, factors: Tensor, mask: Tensor | None, layer: int, cache: KeyValueCache | None
@@ -165,8 +168,8 @@ class LabelEmbedding(nn.Module):
 class CaptionProjection(nn.Module):
     def __init__(self, caption_width: int, width: int) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(caption_width, width, bias=False)
-        self.fc2 = nn.Linear(width, width, bias=False)
+        self.fc1 = Linear(caption_width, width, bias=False)
+        self.fc2 = Linear(width, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
@@ -207,11 +210,11 @@ class LlamaGenTransformer(nn.Module):
         self.tok_embeddings: nn.Module = (
             nn.Embedding(config.vocab_size, config.width)
             if config.code_width is None
-            else nn.Linear(config.code_width, config.width)
+            else Linear(config.code_width, config.width)
         )
         self.layers = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.norm = RMSNorm(config.width)
-        self.output = nn.Linear(config.width, config.vocab_size, bias=False)
+        self.output = Linear(config.width, config.vocab_size, bias=False)
         factors = rotary_factors(round(config.tokens**0.5), config.width // config.heads, config.prefix)
         self.register_buffer("factors", factors, persistent=False)
 
@@ -288,7 +291,8 @@ class LlamaGenTransformer(nn.Module):
     def new_cache(self, batch: int) -> KeyValueCache:
         config, weight = self.config, self.output.weight
         shape = (batch, config.heads, config.prefix + config.tokens, config.width // config.heads)
-        return KeyValueCache(config.depth, shape, device=weight.device, dtype=weight.dtype)
+        dtype = torch.float32 if weight.device.type == "cpu" else compute_dtype(weight)  # see `attend_one`
+        return KeyValueCache(config.depth, shape, device=weight.device, dtype=dtype)
 
     def hidden(
         self,

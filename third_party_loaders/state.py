@@ -1,7 +1,7 @@
 """State dicts as people have them: reading files without running code, unwrapping, strict loading."""
 
 import argparse
-import json
+import mmap
 import re
 import zipfile
 from collections.abc import Callable, Iterable, Mapping
@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
+
+from ddecode.arguments import shown
+from ddecode.files import read_json, read_tensors
 
 StateOrPath = Mapping[str, Any] | str | Path
 ModuleType = TypeVar("ModuleType", bound=nn.Module)
@@ -24,6 +25,10 @@ WRAPPERS = ("model", "module", "state_dict", "ema", "trainer", "var_wo_ddp", "em
 """Keys under which training code nests the weights."""
 INSERTED = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 """Parts of names that compiling and sharding put in, at any depth."""
+
+GROWING = b"bytearray"
+DEEPEST = 8
+"""Wrappers inside each other."""
 
 # --- reading --------------------------------------------------------------------------------------------------
 
@@ -63,6 +68,8 @@ def read_tree(source: StateOrPath) -> Mapping[str, Any]:
     """What a file or a folder holds, wrappers and all; a dict is itself."""
     if isinstance(source, Mapping):
         return source
+    if not isinstance(source, str | Path):
+        raise ValueError(f"a state is a dict of tensors, a file, a folder or a hub id, got {shown(source)}")
     path = Path(source)
     if not path.exists() and is_hub_id(str(source)):
         return read_file(download(str(source)))
@@ -121,7 +128,7 @@ def shards_of(index: Path) -> list[str]:
         ValueError: it is damaged, or names files outside its folder.
     """
     try:
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        names = sorted(set(read_json(index)["weight_map"].values()))
     except (ValueError, KeyError, TypeError, AttributeError):
         raise ValueError(f"{index} is damaged: it is no index of shards") from None
     if not all(isinstance(name, str) and name.endswith(".safetensors") and name == Path(name).name for name in names):
@@ -140,12 +147,12 @@ def read_file(path: Path) -> dict[str, Any]:
     if path.name.endswith(INDEX):
         return {name: tensor for shard in shards_of(path) for name, tensor in read_file(path.parent / shard).items()}
     if path.suffix == ".safetensors":
-        try:
-            return dict(load_file(path))
-        except SafetensorError as error:
-            raise ValueError(f"{path} is damaged: {error}") from None
+        return dict(read_tensors(path))
     if path.suffix not in SUFFIXES:
         raise ValueError(f"{path.name}: expected {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}")
+    if not path.stat().st_size:
+        raise ValueError(f"{path} cannot be read safely: it is damaged")
+    check_growth(path)
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             tree = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
@@ -160,6 +167,32 @@ def read_file(path: Path) -> dict[str, Any]:
     return tree
 
 
+def check_growth(path: Path) -> None:
+    """Refuse what would grow when it is read: compressed parts, which torch does not write, and the one kind that
+    torch's safe reading makes as large as the file wants.
+
+    Raises:
+        ValueError: there is either, or a zip file is damaged.
+    """
+    try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                parts = archive.infolist()
+                if any(part.compress_type != zipfile.ZIP_STORED for part in parts):
+                    raise ValueError(
+                        f"{path} cannot be read safely: parts of it are compressed, which torch never does"
+                    )
+                pickles = [archive.read(part) for part in parts if part.filename.endswith(".pkl")]
+                asks = any(GROWING in text for text in pickles)
+        else:
+            with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as text:
+                asks = text.find(GROWING) >= 0
+    except (zipfile.BadZipFile, EOFError, RuntimeError):
+        raise ValueError(f"{path} cannot be read safely: it is damaged") from None
+    if asks:
+        raise ValueError(f"{path} cannot be read safely: it asks for {GROWING.decode()}, and only tensors are read")
+
+
 def unwrap(tree: Mapping[str, Any], preferred: tuple[str, ...], what: str) -> Found:
     """The weights inside what training code saved.
 
@@ -170,13 +203,23 @@ def unwrap(tree: Mapping[str, Any], preferred: tuple[str, ...], what: str) -> Fo
     path: list[str] = []
     while not all(isinstance(v, Tensor) for v in tree.values()):
         key = next((w for w in wrappers if isinstance(tree.get(w), Mapping) and tree[w]), None)
-        if key is None:
+        if key is None or len(path) == DEEPEST:
             expected = f"expected tensors, or one of {', '.join(wrappers)}"
             raise ValueError(f"found no weights in {what}: {expected}; got {preview(tree)}")
         tree, path = tree[key], [*path, key]
     if not tree:
         raise ValueError(f"{what} is empty")
+    if odd := [name for name, tensor in tree.items() if not is_plain(tensor)]:
+        raise ValueError(f"{what} holds other tensors than plain numbers: {preview(odd)}")
     return Found(tensors=plain_names(tree), wrapper=".".join(path))
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor's numbers are there one by one: neither sparse or quantised nor a few that are to be repeated,
+    which would be as large in memory as the file wants."""
+    if tensor.is_meta or tensor.is_quantized or tensor.is_nested or tensor.layout != torch.strided:
+        return False
+    return tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
 
 
 def plain_names(state: Mapping[Any, Tensor]) -> dict[str, Tensor]:
@@ -216,10 +259,10 @@ def built(make: Callable[[], ModuleType], state: Mapping[str, Tensor] | None, wh
 
 
 def check_names(target: Mapping[str, Tensor], state: Mapping[str, Tensor], what: str) -> None:
-    """Compare the names and shapes of `state` with those of `target`.
+    """Compare the names, shapes and kinds of numbers of `state` with those of `target`.
 
     Raises:
-        ValueError: keys are missing, extra or misshapen; they are named in one line.
+        ValueError: keys are missing, extra, misshapen or of another kind; they are named in one line.
     """
     problems = []
     if missing := [n for n in target if n not in state]:
@@ -231,6 +274,13 @@ def check_names(target: Mapping[str, Tensor], state: Mapping[str, Tensor], what:
         for n in target
         if n in state and state[n].shape != target[n].shape
     ]
+    kinds = [
+        f"{n} is {str(state[n].dtype).removeprefix('torch.')}"
+        for n in target
+        if n in state and target[n].is_floating_point() and not state[n].is_floating_point()
+    ]
+    if kinds:
+        problems.append(f"not floating: {preview(kinds)}")
     if shapes:
         problems.append(
             "misshapen " + "; ".join(shapes[:3]) + (f" and {len(shapes) - 3} more" if len(shapes) > 3 else "")
@@ -239,13 +289,21 @@ def check_names(target: Mapping[str, Tensor], state: Mapping[str, Tensor], what:
         raise ValueError(f"this state is no {what}: " + "; ".join(problems))
 
 
+def is_finite(tensor: Tensor) -> bool:
+    """By the sum, as fast as reading; where that is not finite, as that of large numbers may be, each by itself."""
+    return bool(tensor.sum(dtype=torch.float32).isfinite()) or bool(tensor.isfinite().all())
+
+
 def load_strictly(module: nn.Module, state: Mapping[str, Tensor], what: str) -> None:
     """Assign `state` to `module` in fp32, by name; fp32 tensors are taken without a copy.
 
     Raises:
-        ValueError: keys are missing, extra or misshapen; they are named in one line.
+        ValueError: keys are missing, extra, misshapen or of another kind, or not all numbers are finite; they are named
+            in one line.
     """
     check_names(module.state_dict(), state, what)
+    if wrong := [n for n, t in state.items() if not is_finite(t)]:
+        raise ValueError(f"this state is no {what}: NaN or infinity in {preview(wrong)}")
     floats = {n: t.float() if t.is_floating_point() else t for n, t in state.items()}
     module.load_state_dict(floats, assign=True)
     for parameter in module.parameters():

@@ -7,17 +7,19 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ddecode.arguments import shown
 from ddecode.student import DD1Student, Student
 from ddecode.teacher import Recipe, Teacher
 from ddecode.types import Tokenizer
 from third_party_loaders.adapter import (
     Adapter,
+    count_of,
     encoder_sizes,
     is_student,
     new_student,
@@ -78,6 +80,19 @@ def check_tokenizer(config: VARConfig, tokenizer: Tokenizer) -> MultiScaleVQ:
     return tokenizer
 
 
+def shared_sizes(tokenizer: MultiScaleVQConfig, side: int) -> dict[str, Any]:
+    """What a teacher's sizes have to be for this tokenizer and images of `side` pixels.
+
+    Raises:
+        ValueError: such images do not end on its last scale.
+    """
+    whole = tokenizer.patch_nums[-1] * 2 ** (len(tokenizer.channel_mult) - 1)
+    if side != whole:
+        raise ValueError(f"scales {list(tokenizer.patch_nums)} are of images of {whole} pixels, not {side}")
+    shared = ("vocab_size", "code_width", "patch_nums")
+    return {name: getattr(tokenizer, name) for name in shared}
+
+
 def build_teacher(
     config: VARConfig, tokenizer: Tokenizer, state: Mapping[str, Tensor] | None, recipe: Recipe
 ) -> Teacher:
@@ -102,11 +117,11 @@ def build_student(
     return built(make, state, "student of this config")
 
 
-def student_config(teacher: Teacher, depth: int | None, *, drafting: bool = False) -> VARConfig:
-    """The sizes of a student of this teacher; a drafting one stands at its teacher's own positions."""
+def student_config(teacher: Teacher, depth: int | None, *, shifted: bool = False) -> VARConfig:
+    """The sizes of a student of this teacher; a `ShiftedStudent` stands at its teacher's own positions."""
     assert isinstance(teacher.backbone, VARTransformer)
     config = teacher.backbone.config
-    return dataclasses.replace(config, own_positions=not drafting, depth=depth or config.depth)
+    return dataclasses.replace(config, own_positions=not shifted, depth=depth or config.depth)
 
 
 # --- upstream states ------------------------------------------------------------------------------------------
@@ -127,13 +142,18 @@ def patch_nums_of(state: Mapping[str, Tensor], given: tuple[int, ...] | None, *,
     scales, length = len(state["lvl_embed.weight"]) - extra, state["pos_1LC"].shape[1] - extra
     found = None
     if "lvl_1L" in state:
-        counts = state["lvl_1L"].flatten().long().bincount().tolist()[extra:]
+        levels = state["lvl_1L"].flatten().long()
+        if levels.numel() and not (int(levels.min()) >= 0 and int(levels.max()) < scales + extra):
+            raise ValueError(f"lvl_1L of this state names scales beyond its {scales}")
+        counts = levels.bincount().tolist()[extra:]
         found = tuple(math.isqrt(count) for count in counts)
     if given is None:
         fitting = [p for p in PUBLISHED_PATCH_NUMS if len(p) == scales and sum(n * n for n in p) == length]
         given = found or next(iter(fitting), None)
         if given is None:
             raise ValueError(f"no published patch_nums have {scales} scales and {length} tokens; give them")
+    if not isinstance(given, Sequence) or not all(isinstance(side, int) for side in given):
+        raise ValueError(f"patch_nums must be a sequence of whole numbers, got {shown(given)}")
     given = tuple(given)
     if len(given) != scales or sum(n * n for n in given) != length or (found is not None and found != given):
         known = f" {list(found)}" if found else ""
@@ -154,7 +174,7 @@ def transformer_config(
         vocab_size, _ = shape_of(state, "head.weight", 2)
         labels, _ = shape_of(state, "class_emb.weight", 2)
         mlp_width, _ = shape_of(state, "blocks.0.ffn.fc1.weight", 2)
-        depth = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks."))
+        depth = count_of(state, "blocks.")
         heads = max(1, width // 64)
         if unit := "blocks.0.attn.scale_mul_1H11" in state:
             _, heads, _, _ = shape_of(state, "blocks.0.attn.scale_mul_1H11", 4)

@@ -37,7 +37,7 @@ def renamed(name: str, names: tuple[tuple[str, str], ...], levels: int) -> str:
 
 def own_tokenizer_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Upstream's tokenizer state under our names, attention's fused map cut into three."""
-    levels = 1 + max((int(n.split(".")[2]) for n in state if n.startswith("decoder.up.")), default=0)
+    levels = len({n.split(".")[2] for n in state if n.startswith("decoder.up.")})
     own: dict[str, Tensor] = {}
     for name, tensor in state.items():
         ours = renamed(name, TOKENIZER_NAMES, levels)
@@ -52,7 +52,7 @@ def own_tokenizer_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def upstream_tokenizer_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The inverse of `own_tokenizer_state`."""
-    levels = 1 + max(int(n.split(".")[2]) for n in state if n.startswith("decoder.conv_blocks."))
+    levels = len({n.split(".")[2] for n in state if n.startswith("decoder.conv_blocks.")})
     swapped = tuple((ours, theirs) for theirs, ours in TOKENIZER_NAMES)
     upstream: dict[str, Tensor] = {}
     for name, tensor in state.items():

@@ -16,8 +16,16 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ddecode.codebook import nearest_code
+from ddecode.arguments import check_images, check_sizes
+from ddecode.codebook import code_vectors, nearest_code
+from ddecode.types import Reconstruction
 from third_party_loaders.vqgan import Decoder, Encoder
+
+COMMITMENT = 0.25
+"""Weight of the latents' part in the code loss, upstream's."""
+COARSE_SHARE = 0.4
+"""Share of the samples that are decoded from their first scales alone: it moves an image's structure into them, so that
+the tokens of the last scale are all but independent given those before, as next-scale prediction assumes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +45,7 @@ class MultiScaleVQConfig:
     """Rows of upstream's usage record; a file may have been trained on other scales than it is used with."""
 
     def __post_init__(self) -> None:
+        check_sizes(self)
         if not self.patch_nums or min(self.patch_nums) < 1 or list(self.patch_nums) != sorted(self.patch_nums):
             raise ValueError(f"patch_nums must be positive and ascending, got {list(self.patch_nums)}")
 
@@ -178,6 +187,7 @@ class MultiScaleVQ(nn.Module):
     @torch.no_grad()
     def encode(self, images_B3HW: Tensor) -> Tensor:
         """Images fp32 [B,3,H,W] in [-1,1] to ids int64 [B,L]."""
+        check_images(images_B3HW, 2 ** (len(self.config.channel_mult) - 1))
         latents_BChw = self.latents(images_B3HW)
         full = self.config.patch_nums[-1]
         if latents_BChw.shape[-2:] != (full, full):
@@ -187,7 +197,7 @@ class MultiScaleVQ(nn.Module):
 
     def decode(self, tokens: Tensor) -> Tensor:
         """Ids int64 [B,L] or embeddings [B,L,C] to images fp32 [B,3,H,W], clamped to [-1,1]."""
-        codes_BLC = tokens if tokens.is_floating_point() else F.embedding(tokens, self.codebook_VC)
+        codes_BLC = code_vectors(tokens, self.codebook_VC)
         if codes_BLC.shape[1] != sum(self.counts):
             raise ValueError(f"expected {sum(self.counts)} tokens, got {codes_BLC.shape[1]}")
         parts = [self.contribution(codes, scale) for scale, codes in enumerate(codes_BLC.split(self.counts, 1))]
@@ -196,3 +206,31 @@ class MultiScaleVQ(nn.Module):
     def decode_latents(self, latents_BChw: Tensor) -> Tensor:
         """Quantised latents to images fp32, not clamped."""
         return self.decoder(self.post_quant_conv(latents_BChw)).float()
+
+    def reconstruct(self, images_B3HW: Tensor, generator: torch.Generator) -> Reconstruction:
+        """Encode, quantise and decode, straight through.
+
+        The code loss is the mean over scales of how far the sum so far is from the latents (arXiv 2404.02905). A random
+        `COARSE_SHARE` of the images is decoded from a random number of first scales.
+        """
+        latents_BChw = self.latents(images_B3HW)
+        steps = list(self.quantise(latents_BChw))
+        losses = [
+            F.mse_loss(step.latents_BChw, latents_BChw.detach())
+            + COMMITMENT * F.mse_loss(step.latents_BChw.detach(), latents_BChw)
+            for step in steps
+        ]
+        batch, last = len(latents_BChw), len(steps) - 1
+        coarse_B = torch.rand(batch, generator=generator) < COARSE_SHARE
+        last_B = torch.where(coarse_B, torch.randint(max(1, last), (batch,), generator=generator), last)
+        quantised_BChw = torch.stack([step.latents_BChw for step in steps])[last_B, torch.arange(batch)]
+        straight_through = latents_BChw + (quantised_BChw - latents_BChw).detach()
+        all_BNC = [step.target_BNC for step in steps]
+        # as many of each scale, whatever its size
+        some = [t_BNC[:, torch.randint(t_BNC.shape[1], (4,), generator=generator)] for t_BNC in all_BNC]
+        return Reconstruction(
+            images_B3HW=self.decode_latents(straight_through),
+            ids=torch.cat([step.ids_BN for step in steps], 1),
+            targets_NC=torch.cat(some, 1).flatten(0, 1),
+            code_loss=torch.stack(losses).mean(),
+        )

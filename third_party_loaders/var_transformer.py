@@ -15,8 +15,10 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ddecode.arguments import check_sizes
+from ddecode.linear import Linear, linear
 from ddecode.student import renumber_layers
-from ddecode.types import Condition, KeyValueCache
+from ddecode.types import Condition, KeyValueCache, compute_dtype
 from third_party_loaders.attention import attend
 from third_party_loaders.var_tokenizer import MultiScaleVQ
 
@@ -47,6 +49,7 @@ class VARConfig:
     its noise stands, and a position sees earlier scales and itself."""
 
     def __post_init__(self) -> None:
+        check_sizes(self)
         if self.width % self.heads:
             raise ValueError(f"width {self.width} does not divide over {self.heads} heads")
         if not self.patch_nums or min(self.patch_nums) < 1:
@@ -66,8 +69,8 @@ class VARConfig:
 class FeedForward(nn.Module):
     def __init__(self, width: int, hidden_width: int) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(width, hidden_width)
-        self.fc2 = nn.Linear(hidden_width, width)
+        self.fc1 = Linear(width, hidden_width)
+        self.fc2 = Linear(hidden_width, width)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
@@ -81,17 +84,17 @@ class Attention(nn.Module):
     def __init__(self, width: int, heads: int, *, unit: bool) -> None:
         super().__init__()
         self.heads, self.unit = heads, unit
-        self.mat_qkv = nn.Linear(width, 3 * width, bias=False)
+        self.mat_qkv = Linear(width, 3 * width, bias=False)
         self.q_bias = nn.Parameter(torch.zeros(width))
         self.v_bias = nn.Parameter(torch.zeros(width))
         self.register_buffer("zero_k_bias", torch.zeros(width))
-        self.proj = nn.Linear(width, width)
+        self.proj = Linear(width, width)
         if unit:
             self.scale_mul_1H11 = nn.Parameter(torch.full((1, heads, 1, 1), math.log(4.0)))
 
     def forward(self, x_BND: Tensor, mask: Tensor | None, layer: int, cache: KeyValueCache | None) -> Tensor:
         bias = torch.cat([self.q_bias, self.zero_k_bias, self.v_bias])
-        qkv = F.linear(x_BND, self.mat_qkv.weight, bias)
+        qkv = linear(x_BND, self.mat_qkv.weight, bias)
         q, k, v = rearrange(qkv, "b n (three h d) -> three b h n d", three=3, h=self.heads)
         scale = 0.25 * q.shape[-1] ** -0.5  # upstream's, where attention is not normalised
         if self.unit:
@@ -117,7 +120,7 @@ class Block(nn.Module):
         if config.shared_modulation:
             self.ada_gss = nn.Parameter(torch.randn(1, 1, 6, width) / width**0.5)
         else:
-            self.ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
+            self.ada_lin = nn.Sequential(nn.SiLU(), Linear(width, 6 * width))
 
     def modulation(self, class_BD: Tensor, shared_B16D: Tensor | None) -> Tensor:
         """Two gates, two scales, two shifts: [B,1,6,D]."""
@@ -144,7 +147,7 @@ class Block(nn.Module):
 class HeadNorm(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
+        self.ada_lin = nn.Sequential(nn.SiLU(), Linear(width, 2 * width))
 
     def modulation(self, class_BD: Tensor) -> Tensor:
         """Scale and shift, [B,1,2,D]."""
@@ -170,17 +173,17 @@ class VARTransformer(nn.Module):
         self.vocab_size, self.num_classes = config.vocab_size, config.num_classes
         self.prefix, self.positions = config.levels[0], sum(config.levels)
 
-        self.word_embed = nn.Linear(config.code_width, config.width)
+        self.word_embed = Linear(config.code_width, config.width)
         self.class_emb = nn.Embedding(config.num_classes + 1, config.width)
         self.pos_start = nn.Parameter(torch.zeros(1, self.prefix, config.width))
         self.pos_1LC = nn.Parameter(torch.zeros(1, self.positions, config.width))
         self.lvl_embed = nn.Embedding(len(config.levels), config.width)
         self.shared_ada_lin: nn.Module = nn.Identity()
         if config.shared_modulation:
-            self.shared_ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(config.width, 6 * config.width))
+            self.shared_ada_lin = nn.Sequential(nn.SiLU(), Linear(config.width, 6 * config.width))
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.head_nm = HeadNorm(config.width)
-        self.head = nn.Linear(config.width, config.vocab_size)
+        self.head = Linear(config.width, config.vocab_size)
         self.level_at = tuple(level for level, count in enumerate(config.levels) for _ in range(count))
         # derived, so real even while the weights are built on the meta device
         self.register_buffer("level_N", torch.tensor(self.level_at, device="cpu"), persistent=False)
@@ -288,7 +291,7 @@ class VARTransformer(nn.Module):
     def new_cache(self, batch: int) -> KeyValueCache:
         config, weight = self.config, self.head.weight
         shape = (batch, config.heads, self.positions, config.width // config.heads)
-        return KeyValueCache(config.depth, shape, device=weight.device, dtype=weight.dtype)
+        return KeyValueCache(config.depth, shape, device=weight.device, dtype=compute_dtype(weight))
 
     def hidden(
         self,

@@ -2,12 +2,16 @@
 
 Attribute names are those of LlamaGen's state dict; VAR's are mapped onto them in `third_party_loaders.var`.
 
+Both run channels last, which convolutions and norms are faster in, most of all in half precision. The activations say
+so and every layer follows; the weights keep torch's usual layout, whatever state was assigned to them.
+
 B batch, C latent channels, h w the latent grid, H W the image.
 """
 
 from itertools import pairwise
 from typing import Protocol
 
+import torch
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -32,6 +36,11 @@ def group_norm(channels: int) -> nn.GroupNorm:
     return nn.GroupNorm(32, channels, eps=1e-6)
 
 
+def swish(x: Tensor) -> Tensor:
+    """In place: at the widest levels, asking the system for as much memory again takes longer than the function."""
+    return F.silu(x, inplace=True)
+
+
 class ResnetBlock(nn.Module):
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
@@ -43,11 +52,11 @@ class ResnetBlock(nn.Module):
             self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = self.conv2(F.silu(self.norm2(h)))
+        h = self.conv1(swish(self.norm1(x)))
+        h = self.conv2(swish(self.norm2(h)))
         if hasattr(self, "nin_shortcut"):
             x = self.nin_shortcut(x)
-        return x + h
+        return h.add_(x)
 
 
 class AttnBlock(nn.Module):
@@ -124,13 +133,15 @@ class Encoder(nn.Module):
         self.conv_out = nn.Conv2d(widths[-1], config.z_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.conv_in(x)
+        x = self.conv_in(x.contiguous(memory_format=torch.channels_last))
         for block in (*self.conv_blocks, *self.mid):
             x = block(x)
-        return self.conv_out(F.silu(self.norm_out(x)))
+        return self.conv_out(swish(self.norm_out(x)))
 
 
 class Decoder(nn.Module):
+    """Computes in the dtype of its weights, whatever that of its input."""
+
     def __init__(self, config: VQGANConfig) -> None:
         super().__init__()
         widths = [config.channels * m for m in reversed(config.channel_mult)]
@@ -145,7 +156,7 @@ class Decoder(nn.Module):
         self.conv_out = nn.Conv2d(widths[-1], 3, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
-        z = self.conv_in(z)
+        z = self.conv_in(z.to(self.conv_in.weight.dtype, memory_format=torch.channels_last))
         for block in (*self.mid, *self.conv_blocks):
             z = block(z)
-        return self.conv_out(F.silu(self.norm_out(z)))
+        return self.conv_out(swish(self.norm_out(z)))

@@ -16,10 +16,9 @@ from typing import Any
 import numpy as np
 
 from ddecode.files import write_aside
+from ddecode.reporters import grouped
 
 WIDTH, HEIGHT, MARGIN, COLUMNS = 300, 150, 44, 3
-GROUPS = 8
-"""Curves of a metric by position, at most."""
 LEFT_OUT = ("step", "seconds", "loss")
 
 
@@ -41,7 +40,7 @@ def draw(rows: list[dict[str, Any]]) -> str:
     for index, name in enumerate(names):
         logged = [row for row in rows if row.get(name) is not None]
         steps_N = np.array([row["step"] for row in logged])
-        values_NG = np.array([grouped(row[name]) for row in logged])
+        values_NG = np.array([grouped(np.atleast_1d(row[name]).tolist()) for row in logged])
         left, top = index % COLUMNS * (WIDTH + MARGIN) + MARGIN, index // COLUMNS * (HEIGHT + MARGIN) + 24
         panels.append(panel(name, steps_N, values_NG, rows[-1]["step"], left, top))
     across, down = COLUMNS * (WIDTH + MARGIN) + 12, -(-len(names) // COLUMNS) * (HEIGHT + MARGIN) + 8
@@ -49,12 +48,6 @@ def draw(rows: list[dict[str, Any]]) -> str:
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {across} {down}" font-family="sans-serif" '
         f'font-size="12"><rect width="100%" height="100%" fill="white"/>{"".join(panels)}</svg>\n'
     )
-
-
-def grouped(value: float | list[float]) -> list[float]:
-    """A metric as it is drawn: itself, or its mean over each part of the positions."""
-    values = np.atleast_1d(value)
-    return [float(part.mean()) for part in np.array_split(values, min(GROUPS, len(values)))]
 
 
 def panel(name: str, steps_N: np.ndarray, values_NG: np.ndarray, last_step: int, left: int, top: int) -> str:

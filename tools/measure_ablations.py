@@ -53,6 +53,14 @@ ABLATIONS = {
         title="score term alone, from the teacher's weights",
         overrides=(*SCORE, *IMAGES, "objective.logits=0", "training.steps=120"),
     ),
+    "dd2": Ablation(
+        title="DD2: its own student, from its first stage",
+        overrides=(
+            *SCORE, "objective.score.tuning.steps=200", "objective.score.updates=2", "objective.logits=0",
+            "objective.image_batch=64", "objective.own_prefix=0.5", "student.split=null", "student.diffusion_head=3",
+            "student.initial=tuning", "training.lr=2.0e-4", "training.steps=240",
+        ),
+    ),
     "dd1-score": Ablation(
         title="DD1, then score", overrides=(*SCORE, *IMAGES, "objective.logits=0", "training.steps=120"),
         begins_from="dd1",

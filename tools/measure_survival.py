@@ -29,6 +29,7 @@ from safetensors.numpy import load_file
 
 from ddecode.checkpoint import family_module, save_model
 from ddecode.cli import main as ddecode
+from ddecode.evaluation.blocks import read_block
 from ddecode.images import check_png
 from ddecode.locks import NAME as LOCK
 from ddecode.pairs import read_shard
@@ -42,7 +43,7 @@ NEEDED = ("pairs", "distill")
 TOKENIZER = {
     "vocab_size": 32, "code_width": 8, "channels": 32, "channel_mult": (1, 1, 1, 1), "res_blocks": 1, "z_channels": 32,
 }  # fmt: skip
-BACKBONE = {"vocab_size": 32, "width": 32, "depth": 2, "heads": 2, "tokens": 16, "num_classes": 4}
+BACKBONE = {"vocab_size": 32, "width": 32, "depth": 2, "heads": 2, "tokens": 16, "num_classes": 10}
 RECIPE = {
     "pairs": {"num": 256, "batch": 8, "shard_size": 16, "num_steps": 8},
     "student": {"starts": [0, 4], "split": 10},
@@ -161,7 +162,10 @@ def read(path: Path) -> Any:
         if zipfile.ZipFile(path).testzip():
             raise ValueError(f"{path} is torn")
         return torch.load(path, weights_only=True)
-    check = {".json": lambda path: json.loads(path.read_text()), ".png": check_png, ".safetensors": load_file}
+    check = {
+        ".json": lambda path: json.loads(path.read_text()),
+        ".npz": read_block, ".png": check_png, ".safetensors": load_file,
+    }  # fmt: skip
     (read_shard if path.name.startswith("shard-") else check[path.suffix])(path)
     return path.read_bytes()
 
@@ -204,10 +208,11 @@ def reference_run(command: str, work: Path) -> float:
     return time.monotonic() - begin
 
 
-def measure(command: str, work: Path, *, seconds: float, kills: int, seed: int) -> Outcome:
-    rng, log = random.Random(f"{command} {seed}"), work / "log"
+def measure(command: str, work: Path, *, seconds: float, kills: range, seed: int) -> Outcome:
+    log = work / "log"
     differing, torn = [], []
-    for number in range(kills):
+    for number in kills:
+        rng = random.Random(f"{command} {seed} {number}")
         out = work / f"{command}-{number}"
         arguments = arguments_of(command, work, out)
         while not killed(arguments, log, rng.uniform(0, seconds)):
@@ -218,7 +223,7 @@ def measure(command: str, work: Path, *, seconds: float, kills: int, seed: int) 
             differing.append(f"{out}: {', '.join(names)}")
         else:
             shutil.rmtree(out)
-    return Outcome(command=command, kills=kills, seconds=seconds, differing=differing, torn=torn)
+    return Outcome(command=command, kills=len(kills), seconds=seconds, differing=differing, torn=torn)
 
 
 def line(outcome: Outcome) -> str:
@@ -230,6 +235,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", choices=COMMANDS, help="this command alone (default: all)")
     parser.add_argument("--kills", type=int, default=20, help="of each command (default: %(default)s)")
+    parser.add_argument("--done", type=int, default=0, help="how many of these other runs have seen to")
     parser.add_argument("--seed", type=int, default=0, help="of the moments (default: %(default)s)")
     args = parser.parse_args()
     torch.set_num_threads(1)  # others would not be there in a fork
@@ -243,7 +249,7 @@ def main() -> None:
         if command in NEEDED or command in chosen:
             seconds = reference_run(command, work)
         if command in chosen:
-            outcome = measure(command, work, seconds=seconds, kills=args.kills, seed=args.seed)
+            outcome = measure(command, work, seconds=seconds, kills=range(args.done, args.kills), seed=args.seed)
             print(line(outcome), flush=True)
             failures += outcome.differing + outcome.torn
     if failures:

@@ -12,24 +12,15 @@ from pathlib import Path
 import numpy as np
 import torch
 from fashion_mnist import DEFAULT_FOLDER, load_fashion_mnist, to_model_range
-from safetensors.numpy import save_file
 
 from ddecode.checkpoint import ModelFolder, zoo_folder
-from ddecode.evaluation.features import load_features
 from ddecode.evaluation.metrics import fit_gaussian, frechet_distance
-from ddecode.evaluation.zoo import Judge
+from ddecode.evaluation.zoo import Judge, write_statistics
 from ddecode.pipeline import to_uint8
 
 
 def as_uint8(images_B1HW: torch.Tensor) -> np.ndarray:
     return images_B1HW.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).contiguous().numpy()
-
-
-def write_statistics(folder: Path, data: Path) -> None:
-    judge = Judge(network=load_features(folder), real=fit_gaussian(np.zeros((2, 1))), hash="")
-    features_NF, _ = judge.look(as_uint8(load_fashion_mnist("test", data)[0]))
-    real = fit_gaussian(features_NF)
-    save_file({"mean": real.mean_F, "covariance": real.covariance_FF}, folder / "statistics.safetensors")
 
 
 @torch.no_grad()
@@ -59,7 +50,7 @@ def main() -> None:
     parser.add_argument("--write-statistics", type=Path, metavar="FOLDER")
     args = parser.parse_args()
     if args.write_statistics:
-        write_statistics(args.write_statistics, args.data)
+        write_statistics(args.write_statistics, as_uint8(load_fashion_mnist("test", args.data)[0]))
     else:
         measure(args.model, Judge.open(args.features), args.data)
 

@@ -10,16 +10,14 @@ no model is trained on the features that judge it.
 """
 
 import argparse
-import json
 import time
 from pathlib import Path
 
 import torch
 from fashion_mnist import DEFAULT_FOLDER, load_fashion_mnist, to_model_range
-from safetensors.torch import save_file
 from torch.nn import functional as F
 
-from ddecode.evaluation.features import FeatureNetwork
+from ddecode.evaluation.features import FeatureNetwork, save_features
 
 
 def main() -> None:
@@ -68,17 +66,7 @@ def main() -> None:
             flush=True,
         )
 
-    args.out.mkdir(parents=True, exist_ok=True)
-    state = {k: (v.half() if v.is_floating_point() else v).contiguous() for k, v in network.state_dict().items()}
-    save_file(state, args.out / "model.safetensors")
-    config = {
-        "widths": widths,
-        "blocks": args.blocks,
-        "num_classes": 10,
-        "seed": args.seed,
-        "test_accuracy": round(accuracy, 4),
-    }
-    (args.out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    save_features(args.out, network, seed=args.seed, test_accuracy=round(accuracy, 4))
 
 
 if __name__ == "__main__":

@@ -13,8 +13,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from accelerate import PartialState
-from fashion_mnist import DEFAULT_FOLDER, load_fashion_mnist, to_model_range
+from fashion_mnist import DEFAULT_FOLDER, load_fashion_mnist
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional
@@ -23,6 +22,7 @@ from ddecode.checkpoint import family_module, save_tensors
 from ddecode.config import TrainingConfig, as_dict, build, read_config
 from ddecode.locks import held
 from ddecode.objectives.likelihood import LikelihoodObjective
+from ddecode.own_images import ImageSamples, TokenSamples
 from ddecode.teacher import Recipe
 from ddecode.training import train
 
@@ -44,36 +44,15 @@ def read_tokenizer(family: ModuleType, path: Path, backbone: Any) -> Any:
     return family.build_tokenizer(family.tokenizer_config(state, **known), state)
 
 
-class ImageTokens:
-    """`ddecode.training.Samples` of (ids, label), every image once as it is and once mirrored."""
-
-    def __init__(self, ids_NL: Tensor, labels_N: Tensor) -> None:
-        self.ids_NL, self.labels_N = ids_NL, labels_N
-
-    def __len__(self) -> int:
-        return len(self.ids_NL)
-
-    def batch(self, indices: list[int]) -> tuple[Tensor, Tensor]:
-        return self.ids_NL[indices], self.labels_N[indices]
-
-
-def encode_training_set(tokenizer: Any, folder: Path) -> ImageTokens:
-    images, labels_N = load_fashion_mnist("train", folder)
-    ids = []
-    for mirrored in (False, True):
-        for x in images.split(100):
-            ids.append(tokenizer.encode(to_model_range(x, torch.full((len(x),), mirrored))))
-    return ImageTokens(torch.cat(ids), labels_N.repeat(2))
-
-
-def read_samples(tokenizer: Any, args: argparse.Namespace) -> ImageTokens:
+def read_samples(tokenizer: Any, args: argparse.Namespace) -> TokenSamples:
+    images_N1HW, labels_N = load_fashion_mnist("train", args.data)
+    images = ImageSamples(images_N1HW.expand(-1, 3, -1, -1), labels_N)
+    samples = TokenSamples(tokenizer, images, mirror=True, show_progress=True)
     if args.tokens and args.tokens.exists():
-        tensors = load_file(args.tokens)
-        return ImageTokens(tensors["ids"].long(), tensors["labels"])
-    samples = encode_training_set(tokenizer, args.data)
-    if args.tokens:
+        samples.ids_NL = load_file(args.tokens)["ids"].long()
+    elif args.tokens:
         args.tokens.parent.mkdir(parents=True, exist_ok=True)
-        save_tensors(args.tokens, {"ids": samples.ids_NL.to(torch.int16), "labels": samples.labels_N})
+        save_tensors(args.tokens, {"ids": samples.ids_NL.to(torch.int16)})
     return samples
 
 
@@ -115,7 +94,7 @@ def main() -> None:
         begin_from(teacher.backbone, load_file(args.init))
     objective = LikelihoodObjective(teacher, label_drop=config.label_drop)
     samples = read_samples(tokenizer, args)
-    with held(args.out, leader=PartialState().is_main_process):
+    with held(args.out):
         train(objective, samples, config.training, args.out, identity=as_dict(config), resume=args.resume)
 
 

@@ -11,17 +11,45 @@ import sys
 import traceback
 import warnings
 from collections.abc import Sequence
-from typing import NoReturn
+from pathlib import Path
+from typing import Any, NoReturn
 
-VERBS = ("demo", "info", "sample", "pairs", "distill", "eval", "compare", "bench", "convert")
+import torch
+
+from ddecode.processes import is_lost
+
+VERBS = ("demo", "info", "sample", "train", "pairs", "distill", "eval", "compare", "bench", "convert", "card")
+LONGEST = 400
+"""Characters of a message."""
 
 
 class Parser(argparse.ArgumentParser):
     """An argument parser that says what is wrong in one line."""
 
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.register("type", Path, read_path)
+
     def error(self, message: str) -> NoReturn:
-        print(f"{self.prog}: error: {message} (see {self.prog} --help)", file=sys.stderr)
+        say(f"{self.prog}: error: {brief(message)} (see {self.prog} --help)")
         sys.exit(2)
+
+
+def read_path(text: str) -> Path:
+    """How arguments of the type `Path` are read: an empty text would be the folder that one is in."""
+    if not text:
+        raise argparse.ArgumentTypeError("is empty: give a path")
+    return Path(text)
+
+
+def brief(message: str) -> str:
+    """A message on one line, which a long path or name does not fill a screen with."""
+    line = " ".join(message.split())
+    return line if len(line) <= LONGEST else f"{line[:LONGEST]} ..."
+
+
+def say(line: str) -> None:
+    print(line, file=sys.stderr)
 
 
 def build_parser() -> Parser:
@@ -40,15 +68,35 @@ def main(argv: Sequence[str] | None = None) -> int:
     warnings.filterwarnings("ignore")
     try:
         args.run(args)
-    except (ValueError, OSError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError, MemoryError, RuntimeError) as error:
+        if not is_mistake(error):
+            raise
         if args.debug:
             traceback.print_exc()
-        message = " ".join(str(error).split())
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            message += "; make room and run it again"
-        print(f"ddecode {args.verb}: error: {message}", file=sys.stderr)
+        say(f"ddecode {args.verb}: error: {brief(said(error))}")
         return 2
     except KeyboardInterrupt:
-        print(f"ddecode {args.verb}: stopped", file=sys.stderr)
+        say(f"ddecode {args.verb}: stopped")
         return 130
     return 0
+
+
+def is_mistake(error: Exception) -> bool:
+    """Whether it can be mended by who gave the command. Other errors of torch's are ours."""
+    return not isinstance(error, RuntimeError) or is_out_of_memory(error) or is_lost(error)
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Also where torch says so in words alone."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def said(error: Exception) -> str:
+    """What an error says, and how to mend it where that is not in its words."""
+    if is_lost(error):
+        return "another process of the launch has ended"
+    if is_out_of_memory(error):
+        return "there is not enough memory for this; take smaller batches or fewer at once"
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"{error}; make room and run it again"
+    return str(error)

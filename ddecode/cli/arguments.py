@@ -1,16 +1,22 @@
 """Arguments that several verbs share, and how their text is read."""
 
 import argparse
+import re
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ddecode.arguments import MOST, check_whole, shown
 from ddecode.checkpoint import ModelFolder
 from ddecode.pipeline import DistilledPipeline, Steps
 from ddecode.plan import NAME
+from ddecode.precision import check_device
+from ddecode.processes import launch
 from ddecode.sampling import Model
 
+WHOLE = re.compile(r"[0-9]{1,20}")
+"""A whole number that somebody may mean: neither of a thousand digits nor of another script's."""
 MODEL_HELP = "a bundled model's name, a model folder or a hub id (owner/name)"
 
 
@@ -34,11 +40,12 @@ def add_device(parser: argparse.ArgumentParser) -> None:
 
 
 def read_device(text: str) -> torch.device:
-    """An argparse type: a device that is there."""
+    """An argparse type: a device that is there; of a launch's processes each has a `cuda` of its own."""
     try:
-        return torch.empty(0, device=text).device
-    except (RuntimeError, AssertionError):
-        raise argparse.ArgumentTypeError(f"there is no device {text!r} here") from None
+        check_device(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return launch().device if text == "cuda" else torch.device(text)
 
 
 def open_pipeline(args: argparse.Namespace) -> DistilledPipeline:
@@ -47,7 +54,11 @@ def open_pipeline(args: argparse.Namespace) -> DistilledPipeline:
     Raises:
         ValueError: one cannot be loaded, has other tokens, or takes captions instead of class labels.
     """
-    pipe = DistilledPipeline.from_pretrained(args.model, others=dict(read_other(text) for text in args.others))
+    others = [read_other(text) for text in args.others]
+    names = [name for name, _ in others]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"--with gives {twice[0]} twice; call one otherwise")
+    pipe = DistilledPipeline.from_pretrained(args.model, others=dict(others))
     if not pipe.num_classes:
         raise ValueError(f"{args.model} takes captions, not class labels: sample it from Python, with Teacher.generate")
     return pipe
@@ -70,16 +81,16 @@ def add_config(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="override a key of the recipe")
 
 
-def at_least(lowest: int) -> Any:
+def at_least(lowest: int, highest: int = MOST) -> Any:
     """An argparse type: an int of at least `lowest`."""
 
     def read(text: str) -> int:
+        if not WHOLE.fullmatch(text.removeprefix("-")):
+            raise argparse.ArgumentTypeError(f"{shown(text)} is no whole number")
         try:
-            value = int(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is no whole number") from None
-        if value < lowest:
-            raise argparse.ArgumentTypeError(f"must be at least {lowest}, got {value}")
+            check_whole("it", value := int(text), lowest, highest)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error).removeprefix("it ")) from None
         return value
 
     return read
@@ -93,8 +104,8 @@ def read_step(text: str) -> Steps:
     """
     if text.strip() == "teacher":
         return "teacher"
-    if not text.strip().isdecimal() or int(text) < 1:
-        raise ValueError(f"steps must be whole numbers of at least 1, or 'teacher', got {text.strip()!r}")
+    if not WHOLE.fullmatch(text.strip()) or int(text) < 1:
+        raise ValueError(f"steps must be whole numbers of at least 1, or 'teacher', got {shown(text.strip())}")
     return int(text)
 
 
@@ -111,8 +122,8 @@ def read_classes(text: str, num_classes: int) -> list[int]:
     """
     classes = []
     for part in text.split(","):
-        if not part.strip().isdecimal():
-            raise ValueError(f"--classes must be comma-separated class numbers, got {part.strip()!r}")
+        if not WHOLE.fullmatch(part.strip()):
+            raise ValueError(f"--classes must be comma-separated class numbers, got {shown(part.strip())}")
         classes.append(int(part))
     if wrong := [c for c in classes if c >= num_classes]:
         raise ValueError(f"class {wrong[0]} is out of range: this model knows 0..{num_classes - 1}")

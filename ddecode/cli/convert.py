@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from ddecode.arguments import shown
 from ddecode.cli.arguments import at_least
 from ddecode.conversion import KINDS, Options, convert
 
@@ -40,10 +41,11 @@ def add_parser(verbs: Any) -> None:
 
 def numbers(text: str) -> tuple[int, ...]:
     """An argparse type: whole numbers, by commas."""
+    read = at_least(0)
     try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no list of whole numbers, such as 1,2,3") from None
+        return tuple(read(part) for part in text.split(","))
+    except argparse.ArgumentTypeError:
+        raise argparse.ArgumentTypeError(f"{shown(text)} is no list of whole numbers, such as 1,2,3") from None
 
 
 def run(args: argparse.Namespace) -> None:

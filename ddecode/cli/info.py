@@ -8,10 +8,11 @@ from typing import Any
 
 from torch import Tensor
 
-from ddecode.checkpoint import PARTS, ModelFolder, family_module, loaders
+from ddecode.checkpoint import PARTS, RECIPE, ModelFolder, family_module, loaders
 from ddecode.cli.arguments import MODEL_HELP
 from ddecode.config import as_dict
 from ddecode.conversion import adapter_of, family_of, open_model
+from ddecode.yaml_text import parse_yaml
 
 
 def add_parser(verbs: Any) -> None:
@@ -47,7 +48,7 @@ def model_facts(folder: ModelFolder) -> dict[str, Any]:
         if folder.has(part):
             state = folder.state(part)
             numbers = {"parameters": sum(t.numel() for t in state.values()), "dtype": types_of(state.values())}
-            facts[part] = numbers | folder.config[part]
+            facts[part] = {**numbers, **folder.require(part)}
     if folder.has("teacher") and folder.has("tokenizer"):
         teacher = folder.teacher()
         facts["teacher"]["steps"] = len(teacher.steps)
@@ -58,7 +59,20 @@ def model_facts(folder: ModelFolder) -> dict[str, Any]:
     for key in ("others", "class_names"):
         if folder.has(key):
             facts[key] = folder.config[key]
+    if (recipe := folder.training_recipe()) is not None:
+        facts["recipe"] = read_recipe(recipe, folder.path / RECIPE)
     return facts
+
+
+def read_recipe(text: str, path: Path) -> dict[str, Any]:
+    """
+    Raises:
+        ValueError: it is no YAML, or no mapping.
+    """
+    tree = parse_yaml(text, str(path))
+    if not isinstance(tree, dict):
+        raise ValueError(f"{path} is no recipe: it must hold a YAML mapping")
+    return tree
 
 
 def upstream_facts(source: str) -> dict[str, Any]:

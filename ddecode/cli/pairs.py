@@ -5,13 +5,12 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from accelerate import PartialState
-
 from ddecode.checkpoint import ModelFolder
 from ddecode.cli.arguments import add_config, at_least
 from ddecode.config import DistillConfig, read_config
 from ddecode.forecast import forecast
 from ddecode.pairs import make_manifest, write_pairs
+from ddecode.processes import launch
 
 
 def add_parser(verbs: Any) -> None:
@@ -29,12 +28,12 @@ def run(args: argparse.Namespace) -> None:
     recipe = read_config(args.config, DistillConfig, args.overrides)
     config = recipe.pairs if args.num is None else dataclasses.replace(recipe.pairs, num=args.num)
     folder = ModelFolder.open(recipe.teacher)
-    state = PartialState()
+    state = launch()
     teacher = folder.teacher().to(state.device)
     manifest = make_manifest(teacher, folder.path.name, folder.teacher_hash(), config)
     if args.dry_run:
         print(forecast(teacher, manifest))
         return
-    made = write_pairs(teacher, manifest, args.out, rank=state.process_index, world=state.num_processes)
+    made = write_pairs(teacher, manifest, args.out)
     if state.is_main_process:
         print(f"{manifest.num} pairs in {args.out} ({made} made now)")

@@ -8,9 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from ddecode.arguments import check_whole
+from ddecode.checkpoint import loaders, save_tensors, zoo_folder
+from ddecode.config import build
+from ddecode.files import read_json, read_tensors, write_aside
+
+FEATURE_SIZES = {"widths": tuple[int, ...], "blocks": int, "num_classes": int}
+"""What the `config.json` of a `FeatureNetwork` holds, among other facts."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +60,8 @@ class FeatureNetwork(nn.Module):
 
     def __init__(self, *, widths: tuple[int, ...] = (32, 64, 128), blocks: int = 1, num_classes: int = 10) -> None:
         super().__init__()
+        for size in (*widths, blocks, num_classes):
+            check_whole("a size of a feature network", size, 1, 1 << 16)
         self.widths, self.blocks, self.num_classes = tuple(widths), blocks, num_classes
         stages, before = [], 3
         for width in widths:
@@ -94,16 +103,34 @@ def perceptual_distance(network: FeatureNetwork, images_B3HW: Tensor, target_B3H
     return perceptual_gap(network(images_B3HW), theirs)
 
 
+def features_folder(name: str) -> Path:
+    """A bundled feature network's folder, or the folder named."""
+    bundled = zoo_folder() / "features" / name
+    return bundled if bundled.is_dir() else Path(name)
+
+
+def save_features(folder: Path, network: FeatureNetwork, **facts: object) -> None:
+    """Write what `load_features` reads, in half precision, and facts for people."""
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {k: v.half() if v.is_floating_point() else v for k, v in network.state_dict().items()}
+    save_tensors(folder / "model.safetensors", state)
+    sizes = {"widths": network.widths, "blocks": network.blocks, "num_classes": network.num_classes}
+    write_aside(folder / "config.json", (json.dumps(sizes | facts, indent=2) + "\n").encode())
+
+
 def load_features(folder: Path) -> FeatureNetwork:
     """A frozen feature network from `config.json` and `model.safetensors`, in evaluation mode, fp32.
 
     Raises:
-        ValueError: the folder holds none.
+        ValueError: the folder holds none, or it is damaged.
     """
-    if not (folder / "config.json").is_file():
+    path = folder / "config.json"
+    if not path.is_file():
         raise ValueError(f"no feature network in {folder}")
-    config = json.loads((folder / "config.json").read_text())
-    network = FeatureNetwork(widths=tuple(config["widths"]), blocks=config["blocks"], num_classes=config["num_classes"])
-    state = load_file(folder / "model.safetensors")
-    network.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in state.items()})
-    return network.eval().requires_grad_(False)
+    config = read_json(path)
+    if not isinstance(config, dict) or not FEATURE_SIZES.keys() <= config.keys():
+        raise ValueError(f"{path} is of no feature network: it lacks one of {', '.join(FEATURE_SIZES)}")
+    sizes = {name: build(kind, config[name], name) for name, kind in FEATURE_SIZES.items()}
+    state = read_tensors(folder / "model.safetensors")
+    built: FeatureNetwork = loaders().state.built(lambda: FeatureNetwork(**sizes), state, "network of its config")
+    return built.requires_grad_(False)

@@ -23,7 +23,7 @@ INCEPTION = "weights-inception-2015-12-05-6726825d.pth"
 """The file that torch-fidelity ships (its release v0.2.0), pytorch-fid too under another name; it ends on its hash."""
 RESOLUTION = 299
 LEAST = 20
-"""Images that the metrics need of either set."""
+"""Images that the metrics need of either set: two to a part, and more than neighbours."""
 PARTS = 10
 """Of a set, to tell the error of a score."""
 SUBSET = 1000
@@ -136,8 +136,12 @@ def inception_score(logits_NK: Tensor) -> Estimate:
     """Inception score (Salimans et al. 2016) in 10 random parts.
 
     At N = 50 000 a part has 5000 images, as in ADM's evaluator.
+
+    Raises:
+        ValueError: there are fewer than 20 images, or torch-fidelity does not run here.
     """
     library()
+    check_enough(logits_NK)
     from torch_fidelity import metric_isc
 
     found = metric_isc.isc_features_to_metric(logits_NK, splits=PARTS)
@@ -151,8 +155,12 @@ def kernel_distance(features_NF: Tensor, real_NF: Tensor) -> Estimate:
     Random subsets share images, so their spread says too little of the error. That comes from disjoint parts of both
     sets, ten of them or, of 10 000 images and more, as many as have 1000 images: their deviation over the root of their
     number.
+
+    Raises:
+        ValueError: see `inception_score`.
     """
     library()
+    check_enough(features_NF, real_NF)
     from torch_fidelity import metric_kid
 
     fewer = min(len(features_NF), len(real_NF))
@@ -166,6 +174,12 @@ def kernel_distance(features_NF: Tensor, real_NF: Tensor) -> Estimate:
     return Estimate(mean=found[metric_kid.KEY_METRIC_KID_MEAN], error=error)
 
 
+def check_enough(*sets: Tensor) -> None:
+    """Raises ValueError: a set has fewer images than the metrics need."""
+    if (fewest := min(map(len, sets))) < LEAST:
+        raise ValueError(f"these metrics need at least {LEAST} images, got {fewest}")
+
+
 def shuffled(x_NF: Tensor) -> Tensor:
     return x_NF[torch.from_numpy(np.random.default_rng(0).permutation(len(x_NF)))]
 
@@ -174,8 +188,12 @@ def precision_recall(features_NF: Tensor, real_NF: Tensor) -> tuple[float, float
     """Improved precision and recall (Kynkäänniemi et al. 2019) with 3 neighbours.
 
     ADM's evaluator computes the same, its distances in half precision.
+
+    Raises:
+        ValueError: see `inception_score`.
     """
     library()
+    check_enough(features_NF, real_NF)
     from torch_fidelity import metric_prc
 
     found = metric_prc.prc_features_to_metric(

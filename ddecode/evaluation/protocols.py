@@ -11,18 +11,19 @@ time; kept of each are the logits (4 KB) and, where the reference has images, th
 
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
 
-import numpy as np
-from tqdm import tqdm
-
+from ddecode.evaluation.blocks import NOT_KEPT, Block, Blocks, counted, progress_bar
 from ddecode.evaluation.fidelity import LEAST, Extractor, Resize, inception_score, kernel_distance, precision_recall
 from ddecode.evaluation.metrics import frechet_distance
-from ddecode.evaluation.reference import Reference, counted, look
+from ddecode.evaluation.reference import Reference, look, see
 from ddecode.evaluation.results import Result, label_balance, row_lines, versions_of
+from ddecode.files import file_hash
 from ddecode.images import ImageSet
 from ddecode.pipeline import ROUNDING, DistilledPipeline
 from ddecode.plan import Plan
-from ddecode.samples import Labelling, draw_all, draw_labels
+from ddecode.samples import Labelling, batches_of, draw, draw_labels, make_settings
 from ddecode.sampling import passes
 
 NUM = 50_000
@@ -69,10 +70,10 @@ class Inspector:
     extractor: Extractor
     reference: Reference
 
-    def row(self, batches: Iterable[np.ndarray], *, plan: str, network_evaluations: int | None) -> FidelityRow:
-        """The figures of a set, uint8 [B,H,W,3] at a time."""
+    def row(self, blocks: Iterable[Block], *, plan: str, network_evaluations: int | None) -> FidelityRow:
+        """The figures of a set, from what `see` makes of its batches."""
         real_NF = self.reference.features_NF
-        seen = look(self.extractor, batches, keep_features=real_NF is not None)
+        seen = look(blocks, keep_features=real_NF is not None)
         score = inception_score(seen.logits_NK)
         precision = recall = distance = None
         if seen.features_NF is not None and real_NF is not None:
@@ -124,6 +125,7 @@ def evaluate(
     num: int = NUM,
     seed: int = 0,
     batch: int = 50,
+    blocks: Blocks = NOT_KEPT,
     show_progress: bool = True,
 ) -> FidelityResult:
     """Sample and judge plans. Image i is the same as in a folder of `ddecode sample`, of the same seed and labels.
@@ -135,6 +137,7 @@ def evaluate(
         model: its name, for the record.
         num: images of each plan.
         seed: of all plans alike.
+        blocks: what is kept of an evaluation that was stopped.
 
     Raises:
         ValueError: num is too small or, with balanced labels, no multiple of the number of classes.
@@ -144,9 +147,19 @@ def evaluate(
     labels_N = draw_labels(range(pipe.num_classes), num, labelling=labelling, seed=seed)
 
     def row(name: str, plan: Plan) -> FidelityRow:
-        images = draw_all(pipe, plan, labels_N, seed=seed, batch=batch, show_progress=show_progress)
+        def identity() -> dict[str, Any]:
+            settings = make_settings(
+                pipe, plan, model=model, classes=range(pipe.num_classes), num=num, labelling=labelling, seed=seed
+            )
+            return {"images": settings.note(), "num": num, "batch": batch, "features": inspector.extractor.hash}
+
+        def seen(part: range) -> Block:
+            return see(inspector.extractor, draw(pipe, plan, labels_N, part, seed))
+
         evaluations = sum(passes(pipe.models[span.who], span) for span in plan.spans)
-        return inspector.row(images, plan=name, network_evaluations=evaluations)
+        with progress_bar(num, show_progress, name) as bar:
+            made = counted(blocks.of(identity, seen, batches_of(num, batch)), bar)
+            return inspector.row(made, plan=name, network_evaluations=evaluations)
 
     rows = [row(name, plan) for name, plan in plans.items()]
     labels = label_balance(labelling, labels_N)
@@ -165,18 +178,29 @@ def check_num(num: int, num_classes: int, protocol: Protocol) -> None:
 
 
 def evaluate_images(
-    images: ImageSet, inspector: Inspector, *, num: int = NUM, batch: int = 50, show_progress: bool = True
+    images: ImageSet,
+    inspector: Inspector,
+    *,
+    num: int = NUM,
+    batch: int = 50,
+    blocks: Blocks = NOT_KEPT,
+    show_progress: bool = True,
 ) -> FidelityResult:
-    """Judge the first `num` of images that are there already.
+    """Judge the first `num` of images that are there already; `blocks` as for `evaluate`.
 
     Raises:
         ValueError: see `check_images`.
     """
     check_images(images, inspector.protocol, num)
     note = images.note or {}
-    with tqdm(total=num, unit="img", disable=not show_progress, leave=False) as bar:
-        batches = counted(images.batches(num, batch), bar)
-        row = inspector.row(batches, plan=note.get("plan", "images"), network_evaluations=None)
+
+    def identity() -> dict[str, Any]:
+        facts = {"num": num, "batch": batch, "features": inspector.extractor.hash}
+        return {"images": file_hash(images.path)} | facts
+
+    with progress_bar(num, show_progress, "images") as bar:
+        seen = blocks.of(identity, partial(see, inspector.extractor), images.batches(num, batch))
+        row = inspector.row(counted(seen, bar), plan=note.get("plan", "images"), network_evaluations=None)
     labels = label_balance(note.get("labelling"), None if images.labels_N is None else images.labels_N[:num])
     return inspector.result(
         [row],

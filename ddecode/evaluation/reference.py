@@ -4,20 +4,22 @@ N images of a set, B of a batch, H W image height and width, F feature width, K 
 """
 
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
+from ddecode.evaluation.blocks import Block, counted, progress_bar
 from ddecode.evaluation.fidelity import LEAST, Extractor
 from ddecode.evaluation.metrics import Gaussian, RunningMoments
 from ddecode.files import file_hash
 from ddecode.images import ImageSet
+from ddecode.processes import in_turn
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,28 +33,25 @@ class Seen:
     """fp32; None where they were not kept."""
 
 
-def look(extractor: Extractor, batches: Iterable[np.ndarray], *, keep_features: bool) -> Seen:
-    """See a set, uint8 [B,H,W,3] at a time."""
+def see(extractor: Extractor, images_BHW3: np.ndarray) -> Block:
+    """`features` [B,F] and `logits` [B,K] of a batch, fp32, from uint8."""
+    seen = extractor(torch.from_numpy(images_BHW3).permute(0, 3, 1, 2))
+    return {"features": seen.features_BF.float().cpu().numpy(), "logits": seen.logits_BK.float().cpu().numpy()}
+
+
+def look(blocks: Iterable[Block], *, keep_features: bool) -> Seen:
+    """A set from what `see` makes of its batches."""
     moments, features, logits = RunningMoments(), [], []
-    for images_BHW3 in batches:
-        seen = extractor(torch.from_numpy(images_BHW3).permute(0, 3, 1, 2))
-        features_BF = seen.features_BF.float().cpu()
-        moments.add(features_BF.numpy())
-        logits.append(seen.logits_BK.float().cpu())
+    for block in blocks:
+        moments.add(block["features"])
+        logits.append(torch.from_numpy(block["logits"]))
         if keep_features:
-            features.append(features_BF)
+            features.append(torch.from_numpy(block["features"]))
     return Seen(
         gaussian=moments.gaussian(),
         logits_NK=torch.cat(logits),
         features_NF=torch.cat(features) if keep_features else None,
     )
-
-
-def counted(batches: Iterable[np.ndarray], bar: Any) -> Iterator[np.ndarray]:
-    """Batches as they are, moving a progress bar."""
-    for images_BHW3 in batches:
-        yield images_BHW3
-        bar.update(len(images_BHW3))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,12 +80,15 @@ class Reference:
         width = extractor(torch.zeros(1, 3, 32, 32, dtype=torch.uint8)).features_BF.shape[1]
         if real is not None and (real.mean_F.shape, real.covariance_FF.shape) != ((width,), (width, width)):
             raise ValueError(f"{path} is of {real.mean_F.size} features, the network that judges has {width}")
+        if real is not None and not (np.isfinite(real.mean_F).all() and np.isfinite(real.covariance_FF).all()):
+            raise ValueError(f"{path} is damaged: its statistics are not finite")
         if path.is_dir() or holds_images(path):
             images = ImageSet.open(path)
             if images.num < LEAST:
                 raise ValueError(f"{path} holds {images.num} images, a reference needs at least {LEAST}")
-            with tqdm(total=images.num, unit="img", disable=not show_progress, leave=False, desc="real") as bar:
-                seen = look(extractor, counted(images.batches(images.num, batch), bar), keep_features=True)
+            with progress_bar(images.num, show_progress, "real") as bar:
+                blocks = in_turn(partial(see, extractor), images.batches(images.num, batch))
+                seen = look(counted(blocks, bar), keep_features=True)
             real, features_NF = real or seen.gaussian, seen.features_NF
         if real is None:
             raise ValueError(f"{path} holds neither statistics (mu and sigma) nor images (arr_0)")

@@ -6,11 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import numpy as np
 
 from ddecode import __version__
+from ddecode.config import build
+from ddecode.files import read_json
 
 MUST_EQUAL = ("protocol", "num", "feature_hash", "reference_hash")
 """What two results have to share for their figures to mean the same."""
@@ -62,16 +64,20 @@ def read_result(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: the file is missing or no result.
     """
-    try:
-        result = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise ValueError(f"there is no file {path}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError):
-        raise ValueError(f"{path} is damaged: it is no JSON") from None
+    result = read_json(path)
     needed = {field.name for field in dataclasses.fields(Result)} | {"rows"}
-    if not isinstance(result, dict) or not needed <= result.keys():
+    if not isinstance(result, dict) or not needed <= result.keys() or not are_rows(result["rows"]):
         raise ValueError(f"{path} is no result of ddecode eval")
+    for name, kind in get_type_hints(Result).items():
+        build(kind, result[name], f"{path}: {name}")
     return result
+
+
+def are_rows(rows: Any) -> bool:
+    """At least one, each naming its plan, all of the same columns."""
+    if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
+        return False
+    return "plan" in rows[0] and all(row.keys() == rows[0].keys() for row in rows)
 
 
 def compare(results: Mapping[str, Mapping[str, Any]]) -> str:
@@ -98,9 +104,12 @@ def compare(results: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def row_lines(rows: Sequence[tuple[str, Mapping[str, Any]]]) -> list[str]:
-    """Rows of one protocol as aligned lines under a head, each after a text of its own."""
-    columns = list(rows[0][1])
-    cells = [["", *columns]] + [[text, *(figure(row[column]) for column in columns)] for text, row in rows]
+    """Rows of one protocol as aligned lines under a head, each after a text of its own.
+
+    Another version of this package may have other columns; what a row has not is left open.
+    """
+    columns = dict.fromkeys(column for _, row in rows for column in row)
+    cells = [["", *columns]] + [[text, *(figure(row.get(column)) for column in columns)] for text, row in rows]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     return ["  ".join(map(str.ljust, line, widths)).rstrip() for line in cells]
 

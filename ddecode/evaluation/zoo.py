@@ -1,37 +1,47 @@
-"""The `zoo` protocol: how the bundled models are judged.
+"""The `zoo` protocol: how the bundled models are judged, and those that `ddecode train` makes.
 
-Samples with balanced labels are rounded to 8 bits and seen by a small classifier trained on the same data set
-(`ddecode/zoo/features`), whose statistics of the real test images are bundled. Four figures for each plan:
+Samples with balanced labels are rounded to 8 bits and seen by a small network that was trained on the same data set and
+comes with its statistics of real images: for bundled models a classifier and the test images (`ddecode/zoo/features`),
+for others what `ddecode.own_teacher` made of all their images. Four figures for each plan:
 
 * the Fréchet distance to the real images, and its ratio to the teacher's;
 * E, the share of the independent-token control's error: (FD(S,T) - FD(T',T)) / (FD(P,T) - FD(T',T)) with S the
   plan's samples, T and T' two sets of the teacher's, P the tokens of T' permuted within class and position. It is 0
   for the teacher's own distribution and 1 where tokens know nothing of each other, and it does not share the
   tokenizer's floor as the ratio does;
-* label accuracy: the share of samples that the classifier gives their label;
+* label accuracy: the share of samples that the classifier gives their label, where there is more than one;
 * intra-class variance of the features, as a share of the teacher's.
 
 S, T, T' and P have seeds apart. N samples, L token positions, F feature width.
 """
 
 import hashlib
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
+from itertools import count
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from safetensors.numpy import load_file
+from safetensors.numpy import save
 from torch import Tensor
-from tqdm import tqdm
 
+from ddecode.config import as_dict
+from ddecode.evaluation.blocks import NOT_KEPT, Block, Blocks, counted, joined, progress_bar
 from ddecode.evaluation.features import FeatureNetwork, load_features
 from ddecode.evaluation.metrics import Gaussian, control_share, fit_gaussian, frechet_distance, intra_class_variance
 from ddecode.evaluation.results import Result, label_balance, versions_of
+from ddecode.files import read_tensors, write_aside
 from ddecode.pipeline import ROUNDING, DistilledPipeline, to_uint8
 from ddecode.plan import Plan
 from ddecode.randomness import derived_seed, sample_generators
+from ddecode.samples import batches_of, weights_hash
 
 NUM = 5000
+PERMUTED = 1
+"""The stream of T', whose tokens the control permutes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,12 +51,13 @@ class ZooRow:
     plan: str
     network_evaluations: int
     frechet: float
-    """Fréchet distance to the real test images."""
+    """Fréchet distance to the real images."""
     ratio: float | None
     """`frechet` over the teacher's."""
     control_share: float | None
     """E, as a fraction."""
-    accuracy: float
+    accuracy: float | None
+    """None where there is one class."""
     variance: float | None
     """Intra-class variance over the teacher's."""
 
@@ -58,7 +69,7 @@ class ZooResult(Result):
 
 @dataclass(frozen=True, kw_only=True)
 class Judge:
-    """A feature network with what it says of the real test images."""
+    """A feature network with what it says of the real images."""
 
     network: FeatureNetwork
     real: Gaussian
@@ -72,9 +83,11 @@ class Judge:
         path = folder / "statistics.safetensors"
         if not path.is_file():
             raise ValueError(f"no statistics of real images in {folder}")
-        statistics = load_file(path)
+        statistics, width = read_tensors(path), network.widths[-1]
+        if {n: tuple(t.shape) for n, t in statistics.items()} != {"mean": (width,), "covariance": (width, width)}:
+            raise ValueError(f"{path} does not belong to the network beside it: expected a mean of {width} features")
         digest = hashlib.sha256((folder / "model.safetensors").read_bytes() + path.read_bytes()).hexdigest()
-        real = Gaussian(mean_F=statistics["mean"], covariance_FF=statistics["covariance"])
+        real = Gaussian(mean_F=statistics["mean"].numpy(), covariance_FF=statistics["covariance"].numpy())
         return cls(network=network, real=real, hash=digest[:16])
 
     @torch.no_grad()
@@ -88,13 +101,22 @@ class Judge:
         return torch.cat(features).numpy(), torch.cat(predicted).numpy()
 
 
+def write_statistics(folder: Path, images_NHW3: np.ndarray) -> None:
+    """Let the feature network in `folder` judge by these real images, uint8."""
+    nothing = Gaussian(mean_F=np.zeros(0), covariance_FF=np.zeros((0, 0)))
+    features_NF, _ = Judge(network=load_features(folder), real=nothing, hash="").look(images_NHW3)
+    real = fit_gaussian(features_NF)
+    statistics = {"mean": real.mean_F, "covariance": real.covariance_FF}
+    write_aside(folder / "statistics.safetensors", save(statistics))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Seen:
     """A sample set as the judge sees it."""
 
     features_NF: np.ndarray
     labels_N: np.ndarray
-    accuracy: float
+    accuracy: float | None
     network_evaluations: int
 
     @property
@@ -111,6 +133,7 @@ def evaluate(
     num: int,
     seed: int = 0,
     batch: int = 250,
+    blocks: Blocks = NOT_KEPT,
     show_progress: bool = True,
 ) -> ZooResult:
     """Judge plans by the `zoo` protocol.
@@ -122,40 +145,48 @@ def evaluate(
         model: its name, for the record.
         num: samples of each set; at least 2 for each class.
         seed: sets of one seed never share noise.
+        blocks: what is kept of an evaluation that was stopped.
 
     Raises:
-        ValueError: num is too small.
+        ValueError: num is too small, or the judge knows fewer classes.
     """
+    if pipe.num_classes > judge.network.num_classes:
+        raise ValueError(f"the feature network knows {judge.network.num_classes} classes, the model {pipe.num_classes}")
     if num < 2 * pipe.num_classes:
         raise ValueError(f"--num must be at least {2 * pipe.num_classes}, two for each class, got {num}")
     labels_N = np.arange(num) % pipe.num_classes
-    sets = len(plans) + (3 if pipe.teacher is not None else 0)
-    bar = tqdm(total=sets * num, unit="img", disable=not show_progress, leave=False, desc="eval")
+    sets, begun = len(plans) + (3 if pipe.teacher is not None else 0), count(1)
 
-    def draw(plan: Plan, stream: int) -> tuple[Seen, Tensor]:
-        embeddings, seen = [], []
-        evaluations = 0
-        for first in range(0, num, batch):
-            part = range(first, min(first + batch, num))
+    def look(plan: Plan, stream: int, see: Callable[[Any], Block], pieces: Iterable[Any]) -> Block:
+        def identity() -> dict[str, Any]:
+            made = {"weights": weights_hash(pipe, plan), "plan": str(plan), "recipe": as_dict(pipe.recipe)}
+            return made | {"stream": stream, "seed": seed, "num": num, "batch": batch, "features": judge.hash}
+
+        with progress_bar(num, show_progress, f"set {next(begun)} of {sets}") as bar:
+            return joined(counted(blocks.of(identity, see, pieces), bar))
+
+    def draw(plan: Plan, stream: int) -> Block:
+        def see(part: range) -> Block:
             generators = sample_generators(derived_seed(seed, stream), part)
             progress = pipe.emit(torch.from_numpy(labels_N[part.start : part.stop]), plan, generators)
-            evaluations = progress.network_evaluations
-            embeddings.append(progress.embeddings_BLC)
-            seen.append(decoded(pipe, progress.embeddings_BLC))
-            bar.update(len(part))
-        return look(judge, np.concatenate(seen), labels_N, evaluations), torch.cat(embeddings)
+            block = judged(judge, pipe, progress.embeddings_BLC)
+            if stream == PERMUTED:
+                block["embeddings"] = progress.embeddings_BLC.cpu().numpy()
+            return block | {"evaluations": np.full(len(part), progress.network_evaluations)}
+
+        return look(plan, stream, see, batches_of(num, batch))
 
     teacher: Seen | None = None
     floor = control = 0.0
     if pipe.teacher is not None:
         whole = pipe.plan("teacher")
-        teacher, _ = draw(whole, 0)
-        other, embeddings_NLC = draw(whole, 1)
-        permuted = permute_within_class(embeddings_NLC, labels_N, derived_seed(seed, 2))
-        images = np.concatenate([decoded(pipe, chunk) for chunk in permuted.split(batch)])
-        bar.update(num)
+        teacher = seen_of(draw(whole, 0), labels_N)
+        tokens = draw(whole, PERMUTED)
+        other = seen_of(tokens, labels_N)
+        permuted = permute_within_class(torch.from_numpy(tokens["embeddings"]), labels_N, derived_seed(seed, 2))
+        chunks = permuted.to(pipe.device).split(batch)
+        control_seen = seen_of(look(whole, 2, partial(judged, judge, pipe), chunks), labels_N)
         floor = frechet_distance(other.gaussian, teacher.gaussian)
-        control_seen = look(judge, images, labels_N, 0)
         control = frechet_distance(control_seen.gaussian, teacher.gaussian)
 
     def row(name: str, seen: Seen) -> ZooRow:
@@ -182,8 +213,7 @@ def evaluate(
         rows += [row("teacher", other), row("control", control_seen)]
     for stream, (name, plan) in enumerate(plans.items(), start=3):
         if name != "teacher":
-            rows.append(row(name, draw(plan, stream)[0]))
-    bar.close()
+            rows.append(row(name, seen_of(draw(plan, stream), labels_N)))
     return ZooResult(
         protocol="zoo",
         model=model,
@@ -199,17 +229,19 @@ def evaluate(
 
 
 @torch.no_grad()
-def decoded(pipe: DistilledPipeline, embeddings_BLC: Tensor) -> np.ndarray:
-    return to_uint8(pipe.tokenizer.decode(embeddings_BLC))
+def judged(judge: Judge, pipe: DistilledPipeline, embeddings_BLC: Tensor) -> Block:
+    """`features` [B,F] and `predicted` [B] of the images."""
+    features_BF, predicted_B = judge.look(to_uint8(pipe.tokenizer.decode(embeddings_BLC)))
+    return {"features": features_BF, "predicted": predicted_B}
 
 
-def look(judge: Judge, images_NHW3: np.ndarray, labels_N: np.ndarray, evaluations: int) -> Seen:
-    features_NF, predicted_N = judge.look(images_NHW3)
+def seen_of(whole: Block, labels_N: np.ndarray) -> Seen:
+    """Of a set's blocks together."""
     return Seen(
-        features_NF=features_NF,
+        features_NF=whole["features"],
         labels_N=labels_N,
-        accuracy=float((predicted_N == labels_N).mean()),
-        network_evaluations=evaluations,
+        accuracy=float((whole["predicted"] == labels_N).mean()) if labels_N.any() else None,
+        network_evaluations=int(whole["evaluations"].max()) if "evaluations" in whole else 0,
     )
 
 
@@ -238,6 +270,6 @@ def table(result: ZooResult) -> str:
         passes = str(row.network_evaluations or "-")
         lines.append(
             f"{row.plan:34} {passes:>6} {row.frechet:8.3f} {cell(row.ratio, '.2f'):>6} "
-            f"{cell(row.control_share, '.2%'):>8} {row.accuracy:8.2%} {cell(row.variance, '.3f'):>8}"
+            f"{cell(row.control_share, '.2%'):>8} {cell(row.accuracy, '.2%'):>8} {cell(row.variance, '.3f'):>8}"
         )
     return "\n".join(lines)

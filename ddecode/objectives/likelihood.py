@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ddecode.randomness import draw
 from ddecode.teacher import Teacher
 from ddecode.training import Objective
 
@@ -28,7 +29,7 @@ class LikelihoodObjective(Objective):
     def forward(
         self, ids_BL: Tensor, labels_B: Tensor, generator: torch.Generator, progress: float = 0.0, step: int = 0
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        drop_B = torch.rand(len(labels_B), generator=generator).to(labels_B.device) < self.label_drop
+        drop_B = draw(torch.rand, (len(labels_B),), generator).to(labels_B.device) < self.label_drop
         labels_B = torch.where(drop_B, self.teacher.num_classes, labels_B)
         logits_BLV = self.teacher.forward(ids_BL, labels_B)
         loss = F.cross_entropy(logits_BLV.flatten(0, 1), ids_BL.flatten())

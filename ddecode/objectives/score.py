@@ -20,6 +20,8 @@ from torch.nn import functional as F
 from ddecode.codebook import nearest_code
 from ddecode.diffusion_head import DiffusionHead
 from ddecode.flow import centred
+from ddecode.processes import mean_of_all, mean_of_processes
+from ddecode.randomness import draw
 from ddecode.teacher import Recipe, Teacher, forced_hidden, unroll
 from ddecode.training import Objective
 from ddecode.types import Backbone
@@ -110,9 +112,10 @@ def noisy_codes(codes_BLC: Tensor, draws: int, generator: torch.Generator) -> No
 
     `generator` is one of the CPU.
     """
-    shape = (draws, *codes_BLC.shape)
-    time_RBL = 1 - (1 - LEAST_TIME) * torch.rand(shape[:-1], generator=generator).to(codes_BLC.device)
-    noise_RBLC = torch.randn(shape, generator=generator).to(codes_BLC.device)
+    B, L, C = codes_BLC.shape
+    uniform_RBL = draw(torch.rand, (B, draws, L), generator).transpose(0, 1).to(codes_BLC.device)
+    time_RBL = 1 - (1 - LEAST_TIME) * uniform_RBL
+    noise_RBLC = draw(torch.randn, (B, draws, L, C), generator).transpose(0, 1).to(codes_BLC.device)
     t = time_RBL[..., None]
     return NoisyCodes(x_RBLC=(1 - t) * codes_BLC.float() + t * noise_RBLC, time_RBL=time_RBL, noise_RBLC=noise_RBLC)
 
@@ -312,7 +315,7 @@ class ScoreTerm(nn.Module):
         with torch.no_grad():
             gap_BL = difference_RBLC.abs().mean((0, -1))
             scale_BL = (emitted_BLC - teacher_RBLC).abs().mean((0, -1))
-            weight = 1 / mean_where(scale_BL, open_BL).clamp(min=1e-6)
+            weight = 1 / mean_of_processes(mean_where(scale_BL, open_BL)).clamp(min=1e-6)
         if self.form == "dmd":
             step_BLC = (weight * difference_RBLC).mean(0)
             value_BL = (emitted_BLC - (emitted_BLC - step_BLC).detach()).square().sum(-1) / 2
@@ -354,7 +357,7 @@ class ScoreTerm(nn.Module):
 
 
 def mean_where(values_BL: Tensor, open_BL: Tensor, dim: int | None = None) -> Tensor:
-    """Mean over the positions that are open (1, not 0), along one dimension or both; 0 where none is."""
+    """Mean over all processes' open positions (1, not 0), along one dimension or both; 0 where none is."""
     if dim is None:
-        return (values_BL * open_BL).sum() / open_BL.sum().clamp(min=1)
-    return (values_BL * open_BL).sum(dim) / open_BL.sum(dim).clamp(min=1)
+        return mean_of_all((values_BL * open_BL).sum(), open_BL.sum())
+    return mean_of_all((values_BL * open_BL).sum(dim), open_BL.sum(dim))

@@ -9,6 +9,8 @@ are the regression anchor of distribution matching distillation (arXiv 2311.1882
 B batch, L token positions, K autoregressive steps, C code width, F feature width.
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -20,6 +22,8 @@ from ddecode.objectives.adversarial import Discriminator, adversarial_losses
 from ddecode.objectives.energy import energy_distance, standardise
 from ddecode.objectives.positives import Positives
 from ddecode.objectives.score import ScoreTerm, mean_where
+from ddecode.processes import mean_of_all, of_all, world
+from ddecode.randomness import draw
 from ddecode.student import Student
 from ddecode.training import Objective
 from ddecode.types import Prediction
@@ -65,6 +69,10 @@ class StudentObjective(Objective):
             assert score is not None
             self.critics["guidance"] = score.guidance
             self.critic_lr["guidance"] = config.score.lr
+        if config.image_batch % world():
+            raise ValueError(f"objective.image_batch {config.image_batch} does not divide over {world()} processes")
+        self.few = slice(config.image_batch // world())
+        """This process's share of the samples whose output is seen."""
         self.starts = torch.tensor(student.starts)
         self.grid = flow_grid(student.codebook_VC, REDRAWING_STEPS)
 
@@ -92,14 +100,15 @@ class StudentObjective(Objective):
             noise_BLC = tokens_to_noise(ids_BL, log_probs_BLV, student.codebook_VC, generator, grid=self.grid)
         target_BLV = log_probs_BLV if config.targets == "probabilities" else None
         codes_BLC = F.embedding(ids_BL, student.codebook_VC)
-        start_B = self.starts[torch.randint(len(self.starts), (batch,), generator=generator)].to(ids_BL.device)
+        chosen_B = draw(partial(torch.randint, len(self.starts)), (batch,), generator)
+        start_B = self.starts[chosen_B].to(ids_BL.device)
         open_BL = torch.arange(length, device=ids_BL.device) >= start_B[:, None]
         sees_images = any(self.image_weights(progress))
-        few = slice(0, config.image_batch if sees_images or scored else 0)
+        few = self.few if sees_images or scored else slice(0)
 
         share = weight_at(config.own_prefix, progress)
         own_B = torch.zeros_like(start_B, dtype=torch.bool)
-        own_B[few] = (torch.rand(batch, generator=generator).to(start_B.device) < share)[few] & (start_B[few] > 0)
+        own_B[few] = (draw(torch.rand, (batch,), generator).to(start_B.device) < share)[few] & (start_B[few] > 0)
         prefix_BLC = codes_BLC
         if bool(own_B.any()):
             first_pass = student.emit(noise_BLC[own_B], labels_B[own_B], 0, length)
@@ -150,22 +159,26 @@ class StudentObjective(Objective):
             counted_BN = counted_BL[:, :n]
             return F.cross_entropy(logits_BNV[counted_BN], target[:, :n][counted_BN], reduction="none")
 
+        count = counted_BL.sum()
         each = cross_entropies(prediction.logits_BLV)
-        cross_entropy = each.mean()
+        cross_entropy = mean_of_all(each.sum(), count)
         each_BL = each.new_zeros(counted_BL.shape).masked_scatter(counted_BL, each.detach())
-        squared = (prediction.embeddings_BLC - codes_BLC).square().sum(-1)[counted_BL].mean()
+        squared_BL = (prediction.embeddings_BLC - codes_BLC).square().sum(-1)
+        squared = mean_of_all(squared_BL[counted_BL].sum(), count)
         loss = weight_at(config.logits, progress) * cross_entropy + weight_at(config.embeddings, progress) * squared
         for draft_BNV in prediction.drafts:
-            loss = loss + weight_at(config.drafts, progress) * cross_entropies(draft_BNV).mean()
+            drafted = counted_BL[:, : draft_BNV.shape[1]].sum()
+            error = mean_of_all(cross_entropies(draft_BNV).sum(), drafted)
+            loss = loss + weight_at(config.drafts, progress) * error
         metrics = {
             "cross_entropy": cross_entropy.detach(),
-            "accuracy": (prediction.logits_BLV.argmax(-1) == ids_BL)[counted_BL].float().mean(),
+            "accuracy": mean_of_all((prediction.logits_BLV.argmax(-1) == ids_BL)[counted_BL].float().sum(), count),
             "embedding_error": squared.detach(),
             "cross_entropy_K": by_step(mean_where(each_BL, counted_BL.float(), 0), self.model.backbone.steps),
         }
         if target_BLV is not None:
             entropy_BL = torch.special.entr(target_BLV.float().exp()).sum(-1)
-            metrics["divergence"] = cross_entropy.detach() - entropy_BL[counted_BL].mean()
+            metrics["divergence"] = cross_entropy.detach() - mean_of_all(entropy_BL[counted_BL].sum(), count)
         return loss, metrics
 
     def image_weights(self, progress: float) -> tuple[float, ...]:
@@ -192,8 +205,9 @@ class StudentObjective(Objective):
             theirs = self.look(codes_BLC)
         loss, metrics = emitted_BLC.new_zeros(()), Metrics()
         if perceptual or energy:
-            gap = perceptual_gap(ours, theirs)[~own_B].mean()
-            distance = energy_distance(*standardise(ours.descriptors(), theirs.descriptors()), labels_B)
+            gap = mean_of_all(perceptual_gap(ours, theirs)[~own_B].sum(), (~own_B).sum())
+            ours_BF, theirs_BF = standardise(of_all(ours.descriptors()), of_all(theirs.descriptors()))
+            distance = energy_distance(ours_BF, theirs_BF, of_all(labels_B))
             loss = loss + perceptual * gap + energy * distance
             metrics |= {"perceptual": gap.detach(), "energy": distance.detach()}
         if adversarial:
@@ -216,9 +230,8 @@ class StudentObjective(Objective):
     def guidance_turn(self, noise_BLC: Tensor, labels_B: Tensor, generator: torch.Generator) -> tuple[Tensor, Metrics]:
         """A step in which the guidance network alone learns, on fresh samples of the student in one pass."""
         assert self.score is not None
-        few = slice(0, self.config.image_batch)
-        emitted_BLC = self.model.emit(noise_BLC[few], labels_B[few], 0, noise_BLC.shape[1])
-        return self.score.guidance_loss(emitted_BLC, labels_B[few], generator)
+        emitted_BLC = self.model.emit(noise_BLC[self.few], labels_B[self.few], 0, noise_BLC.shape[1])
+        return self.score.guidance_loss(emitted_BLC, labels_B[self.few], generator)
 
 
 def by_step(values_L: Tensor, steps: tuple[int, ...]) -> Tensor:

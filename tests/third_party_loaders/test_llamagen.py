@@ -4,6 +4,7 @@ B batch, L token positions, P condition positions, V codes, C code width.
 """
 
 import argparse
+import copy
 import pathlib
 from pathlib import Path
 from typing import Any
@@ -179,6 +180,37 @@ def test_heads_follow_the_published_sizes_or_width_64(width: int, depth: int, he
     assert (given.heads, given.tokens) == (8, 576)
 
 
+@torch.no_grad()
+def test_the_unit_codebook_is_kept_until_the_table_changes() -> None:
+    tokenizer = make_teacher().tokenizer
+    table = tokenizer.quantize.embedding.weight
+
+    def check(tokenizer: VQModel) -> Tensor:
+        codes = tokenizer.codebook_VC
+        assert torch.equal(codes, F.normalize(tokenizer.quantize.embedding.weight, dim=-1))
+        return codes
+
+    first = check(tokenizer)
+    assert tokenizer.codebook_VC is first
+    state = tokenizer.state_dict()
+    table.mul_(torch.rand(table.shape, generator=seeded(0)))
+    check(tokenizer)
+    twin = copy.deepcopy(tokenizer)
+    twin.quantize.embedding.weight.neg_()
+    check(twin)
+    check(tokenizer)
+    scaled = {name: tensor * 2 + 1 for name, tensor in state.items()}
+    for assign in (False, True):
+        tokenizer.load_state_dict(scaled, assign=assign)
+        check(tokenizer)
+    assert check(tokenizer.double()).dtype == torch.float64
+    with torch.inference_mode():
+        check(tokenizer)
+    with torch.enable_grad():
+        assert tokenizer.requires_grad_(True).codebook_VC.requires_grad
+        assert not tokenizer.codebook_VC.detach().requires_grad
+
+
 # --- rotary positions and attention ---------------------------------------------------------------------------
 
 
@@ -201,6 +233,23 @@ def test_attention_is_the_same_with_and_without_gradients(causal: bool, masked: 
     trained = attend(q.requires_grad_(), k, v, mask, causal=causal)
     assert trained.requires_grad and not plain.requires_grad
     torch.testing.assert_close(trained.detach(), plain)
+
+
+@pytest.mark.parametrize("kind", ["open", "causal", "masked"])
+@pytest.mark.parametrize("at_once", [1, 100, 10**6])
+def test_bf16_attention_a_few_heads_at_a_time_is_near_fp32(
+    kind: str, at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("third_party_loaders.attention.SCORES_AT_ONCE", at_once)
+    q, k, v = torch.randn(3, 2, 3, 9, 8, generator=seeded(0)).bfloat16()
+    allowed = (torch.rand(9, 9, generator=seeded(1)) > 0.5) | torch.eye(9, dtype=torch.bool)
+    mask, causal = allowed if kind == "masked" else None, kind == "causal"
+    exact = F.scaled_dot_product_attention(
+        q.float(), k.float(), v.float(), attn_mask=mask, is_causal=causal, scale=0.25
+    )
+    ours = attend(q, k, v, mask, causal=causal, scale=0.25)
+    assert ours.dtype == torch.bfloat16
+    torch.testing.assert_close(ours.float(), exact, rtol=0.02, atol=0.02)
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,68 @@
+"""What two kinds of student share that stand where their teacher does: a position sees only what lies before it, as
+tokens where these are resolved and as noise where they are not.
+
+B batch, L token positions, M input positions behind the condition, C code width, D model width.
+"""
+
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+from torch import Tensor, nn
+
+from ddecode.codebook import nearest_code
+from ddecode.student import Student
+from ddecode.types import Backbone, Condition, Tokenizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Opening:
+    """What a pass begins with."""
+
+    condition: Condition
+    inputs_BND: Tensor
+    """The condition's vectors, then those of M positions."""
+    first: int
+    """The input position where the first token is read off."""
+    sequence_BNC: Tensor
+    """The codes and noise that the positions see; N of them."""
+    ids_BN: Tensor
+    """Of the same, the nearest codes."""
+    resolved_BN: Tensor
+    """Of the same, bool: whether it is a code."""
+
+
+class ShiftedStudent(Student):
+    """See `ddecode.student.Student`. Its backbone reads as the teacher's own does (`Backbone.mixed_inputs`)."""
+
+    def __init__(self, backbone: Backbone, tokenizer: Tokenizer, *, starts: tuple[int, ...]) -> None:
+        super().__init__(backbone, tokenizer, starts=starts)
+        self.noise_map = nn.Linear(tokenizer.codebook_VC.shape[1], backbone.width)
+        begins = [0, *accumulate(backbone.steps)][1:-1]
+        self.known = tuple(begin for begin, n in zip(begins, backbone.steps[1:], strict=True) for _ in range(n))
+        """By input position behind the condition, the number of tokens it knows."""
+
+    def opening(self, sequence_BLC: Tensor, labels_B: Tensor, start_B: Tensor, stop: int) -> Opening:
+        """The inputs of a pass that predicts the tokens before `stop`, or all of its AR step."""
+        backbone = self.backbone
+        reach = self.reach(min(max(stop, backbone.steps[0] + 1), self.length))
+        read = max(begin for begin in (0, *self.known) if begin < reach)
+        condition = backbone.condition(labels_B)
+        sequence_BNC = sequence_BLC[:, :read]
+        resolved_BN = torch.arange(read, device=start_B.device) < start_B[:, None]
+        ids_BN = nearest_code(sequence_BNC, self.codebook_VC)
+        inputs = torch.cat([condition.prefix_BPD, self.inputs(sequence_BNC, ids_BN, resolved_BN, start_B)], 1)
+        return Opening(
+            condition=condition,
+            inputs_BND=inputs,
+            first=inputs.shape[1] - reach,
+            sequence_BNC=sequence_BNC,
+            ids_BN=ids_BN,
+            resolved_BN=resolved_BN,
+        )
+
+    def inputs(self, sequence_BNC: Tensor, ids_BN: Tensor, resolved_BN: Tensor, start_B: Tensor) -> Tensor:
+        """What the teacher reads of the resolved tokens, the noise of the others, and which of the two, [B,M,D]."""
+        known_M = torch.tensor([k for k in self.known if k <= sequence_BNC.shape[1]], device=start_B.device)
+        tokens_BMD, noise_BMC = self.backbone.mixed_inputs(ids_BN, resolved_BN, sequence_BNC)
+        return tokens_BMD + self.noise_map(noise_BMC) + self.indicator((known_M <= start_B[:, None]).long())
