@@ -118,19 +118,20 @@ def find_model(model: str | Path, access: HubAccess | None = None) -> Path:
         raise ValueError(f"{path} is a file; a model is a folder with config.json and model.safetensors")
     if str(model).count("/") != 1 or str(model).startswith((".", "/")):
         raise ValueError(f"unknown model {str(model)!r}: bundled are {', '.join(bundled_models())}; or give a folder")
-    return download(str(model), access)
+    folder = download(str(model), access)
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{model} is no model: it has no config.json")
+    return folder
 
 
 def download(hub_id: str, access: HubAccess | None = None) -> Path:
-    """Fetch a model from the hub, or find it in the hub's cache."""
+    """Fetch what a repository of the hub has of a model, or find it in the hub's cache."""
     from huggingface_hub import snapshot_download
 
     try:
         folder = snapshot_download(hub_id, allow_patterns=[*MODEL_FILES, RECIPE], **asdict(access or HubAccess()))
     except hub_errors() as error:
         raise ValueError(f"no local folder {hub_id!r}, and the hub does not give it: {first_line(error)}") from None
-    if not (Path(folder) / "config.json").is_file():
-        raise ValueError(f"{hub_id} is no model: it has no config.json")
     return Path(folder)
 
 

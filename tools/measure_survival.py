@@ -97,7 +97,7 @@ def arguments_of(command: str, work: Path, out: Path) -> list[str]:
     return {
         "pairs": ["pairs", *recipe, "--out", str(out)],
         "distill": ["distill", *recipe, *pairs, "--resume", "--out", str(out)],
-        "eval": ["eval", model, "--num", "60", "--batch", "10", "--json", str(out / "eval.json")],
+        "eval": ["eval", model, "--num", "40", "--batch", "8", "--steps", "2", "--json", str(out / "eval.json")],
         "sample": ["sample", model, "--steps", "2", "--num", "100", "--batch", "4", "--out", str(out)],
     }[command]
 
@@ -129,8 +129,11 @@ def finish(child: int, log: Path) -> None:
 
 def killed(arguments: list[str], log: Path, seconds: float) -> bool:
     """Kill a command after so many seconds; False where it had ended by then."""
-    child = start(arguments, log)
-    time.sleep(seconds)
+    child, end = start(arguments, log), time.monotonic() + seconds
+    while time.monotonic() < end:
+        if os.waitpid(child, os.WNOHANG)[0]:
+            return False
+        time.sleep(0.001)
     os.kill(child, signal.SIGKILL)
     return os.WIFSIGNALED(os.waitpid(child, 0)[1])
 
@@ -163,7 +166,7 @@ def read(path: Path) -> Any:
             raise ValueError(f"{path} is torn")
         return torch.load(path, weights_only=True)
     check = {
-        ".json": lambda path: json.loads(path.read_text()),
+        ".json": lambda path: json.loads(path.read_text()), ".yaml": lambda path: yaml.safe_load(path.read_text()),
         ".npz": read_block, ".png": check_png, ".safetensors": load_file,
     }  # fmt: skip
     (read_shard if path.name.startswith("shard-") else check[path.suffix])(path)

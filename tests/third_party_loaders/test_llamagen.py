@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ddecode.student import Student
-from ddecode.teacher import Teacher
+from ddecode.teacher import Recipe, Teacher, argmax
 from ddecode.trajectory import resolve
 from third_party_loaders import load_dd1_student, load_llamagen
 from third_party_loaders.adapter import own_student_state, upstream_student_state
@@ -56,7 +56,9 @@ def same_logits(a: Teacher, b: Teacher) -> bool:
 
 
 @needs_parity
-def test_class_model_equals_upstream() -> None:
+@pytest.mark.parametrize("fewest_products", [0, 2**62], ids=["onednn", "torch"])
+def test_class_model_equals_upstream(fewest_products: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ddecode.linear.FEWEST_PRODUCTS", fewest_products)
     config, parts = fixture("llamagen_c2i")
     given, expected = parts["in"], parts["out"]
     teacher = load_llamagen(parts["model"], parts["tokenizer"], n_head=config["n_head"], block_size=config["grid"] ** 2)
@@ -250,6 +252,45 @@ def test_bf16_attention_a_few_heads_at_a_time_is_near_fp32(
     ours = attend(q, k, v, mask, causal=causal, scale=0.25)
     assert ours.dtype == torch.bfloat16
     torch.testing.assert_close(ours.float(), exact, rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scale", [None, 0.5])
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_of_one_query_is_exact_over_part_of_a_cache(
+    dtype: torch.dtype, scale: float | None, masked: bool
+) -> None:
+    mask = torch.tensor([1, 0, 1, 1, 0, 0, 1]).bool().expand(3, 1, 1, 7) if masked else None
+    cached = torch.randn(2, 3, 2, 12, 8, generator=seeded(0))
+    q = torch.randn(3, 2, 1, 8, generator=seeded(1)).to(dtype)
+    k, v = cached[:, :, :, :7].unbind(0)
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        ours = attend(q, k, v, mask, scale=scale)
+    assert ours.dtype == dtype
+    exact = F.scaled_dot_product_attention(q.float(), k, v, attn_mask=mask, scale=scale)
+    torch.testing.assert_close(ours, exact.to(dtype))
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_half_precision_walks_as_it_forces(dtype: torch.dtype, autocast: bool) -> None:
+    """Cached steps and one pass differ by rounding alone."""
+    teacher = make_teacher(seed=3)
+    for parameter in teacher.backbone.parameters():
+        parameter.data = parameter.data.to(dtype)
+    seen: list[Tensor] = []
+
+    def pick(log_probs_BNV: Tensor, start: int) -> Tensor:
+        seen.append(log_probs_BNV)
+        return argmax(log_probs_BNV, start)
+
+    labels = torch.tensor([0, 1, 2])
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        ids = teacher.walk(labels, pick, Recipe())
+        forced = teacher.log_probs(ids, labels, Recipe())
+    exact = dtype == torch.float32 and not autocast
+    close = {"atol": 1e-4, "rtol": 1e-4} if exact else {"atol": 0.2, "rtol": 0.05}
+    torch.testing.assert_close(torch.cat(seen, 1), forced, **close)
 
 
 @pytest.fixture(scope="module")

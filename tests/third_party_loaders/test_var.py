@@ -52,7 +52,9 @@ def student(teacher: Teacher) -> Student:
 
 
 @needs_parity
-def test_teacher_equals_upstream() -> None:
+@pytest.mark.parametrize("fewest_products", [0, 2**62], ids=["onednn", "torch"])
+def test_teacher_equals_upstream(fewest_products: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ddecode.linear.FEWEST_PRODUCTS", fewest_products)
     config, parts = fixture("var")
     given, expected = parts["in"], parts["out"]
     teacher = load_var(parts["model"], parts["tokenizer"], patch_nums=tuple(config["patch_nums"]))
