@@ -113,7 +113,7 @@ def test_teacher_spans_follow_the_recipe() -> None:
         ({"class_labels": -1}, "class -1"),
         ({"generator": [seeded(0)]}, "1 generators for 2 samples"),
     ],
-    ids=str,
+    ids=lambda given: given if isinstance(given, str) else "-".join(given),
 )
 def test_wrong_input_is_refused(pipe: DistilledPipeline, options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
