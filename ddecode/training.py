@@ -174,7 +174,7 @@ def train(
             if logs or saves:
                 value = accelerator.gather(loss.detach()[None]).mean().item()
                 if not math.isfinite(value):
-                    raise FloatingPointError(f"the loss is {value} at step {done}; begin again with a lower training.lr")
+                    raise FloatingPointError(f"the loss is {value} at step {done}; begin anew with a lower training.lr")
             # pictures and log first: what a checkpoint says is done will not be done again
             row: dict[str, Any] = {}
             shown = Shown()

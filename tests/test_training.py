@@ -235,7 +235,7 @@ def test_what_training_does_not_do_is_refused(
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
     samples = Points()
     samples.x[:] = math.nan
-    with pytest.raises(FloatingPointError, match=r"step 1; begin again with a lower training\.lr"):
+    with pytest.raises(FloatingPointError, match=r"step 1; begin anew with a lower training\.lr"):
         run(tmp_path, samples)
 
 
