@@ -24,9 +24,10 @@ import numpy as np
 import torch
 
 from ddecode.arguments import check_whole
+from ddecode.images import to_uint8
 from ddecode.machine import clock, machine_name, matmul_rate, peak_bytes, reset_peak, thread_count
 from ddecode.operations import counted
-from ddecode.pipeline import DistilledPipeline, to_uint8
+from ddecode.pipeline import DistilledPipeline
 from ddecode.plan import Plan
 
 Dtype = Literal["fp32", "bf16"]

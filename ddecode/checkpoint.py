@@ -35,12 +35,12 @@ MODEL_FILES = ("config.json", "model.safetensors")
 RECIPE = "recipe.yaml"
 """The recipe of the distillation, as YAML, where it is known."""
 CARD_FILES = ("README.md", RECIPE)
-DD1_OPTIONS = {"starts": tuple[int, ...], "split": int}
-DD2_OPTIONS = {"starts": tuple[int, ...], "head_depth": int}
-DRAFT_OPTIONS = {
-    "starts": tuple[int, ...], "drafts": tuple[int, ...], "joins": int, "num_steps": int, "draft_steps": int,
-}  # fmt: skip
-"""What a config says of a student of either kind."""
+STUDENT_OPTIONS: dict[str, dict[str, Any]] = {
+    "drafts": {"drafts": tuple[int, ...], "joins": int, "num_steps": int, "draft_steps": int},
+    "head_depth": {"head_depth": int},
+    "split": {"split": int},
+}
+"""What a config says of a student beside its starts, by the option that tells its kind: drafting, DD2's or DD1's."""
 
 
 def family_module(family: str) -> ModuleType:
@@ -54,7 +54,7 @@ def family_module(family: str) -> ModuleType:
     return importlib.import_module(FAMILIES[family])
 
 
-def family_of(backbone: object) -> str:
+def backbone_family(backbone: object) -> str:
     """The family whose loader builds such a backbone.
 
     Raises:
@@ -274,12 +274,11 @@ class ModelFolder:
     def student_options(self) -> dict[str, Any]:
         """What the config says of the student beside its backbone; see `Student.options`."""
         group = {key: value for key, value in self.require("student").items() if key != "backbone"}
-        kinds: dict[str, Any] = DD1_OPTIONS
-        if "drafts" in group or "head_depth" in group:
-            kinds = DRAFT_OPTIONS if "drafts" in group else DD2_OPTIONS
-        if set(group) != set(kinds):
-            raise ValueError(f"the student group of {self.path.name} must hold {', '.join(['backbone', *kinds])}")
-        return {key: build(kinds[key], value, f"student.{key}") for key, value in group.items()}
+        own = next((own for key, own in STUDENT_OPTIONS.items() if key in group), STUDENT_OPTIONS["split"])
+        options = {"starts": tuple[int, ...], **own}
+        if set(group) != set(options):
+            raise ValueError(f"the student group of {self.path.name} must hold {', '.join(['backbone', *options])}")
+        return {key: build(options[key], value, f"student.{key}") for key, value in group.items()}
 
     def others(self, access: HubAccess | None = None) -> dict[str, Teacher]:
         """The teachers of other models that its plans may name: the config's group `others`, NAME to MODEL."""

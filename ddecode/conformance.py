@@ -7,7 +7,7 @@ B batch, L token positions, N positions of one call, V codes, C code width, D mo
 
 import inspect
 import math
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -117,8 +117,7 @@ def demand_members(thing: Any, protocol: Any) -> None:
 
 def step_ranges(steps: tuple[int, ...]) -> list[tuple[int, int]]:
     """First token and end of each AR step."""
-    ends = list(accumulate(steps))
-    return list(zip([0, *ends], ends, strict=False))
+    return list(pairwise(accumulate(steps, initial=0)))
 
 
 def close(a: Tensor, b: Tensor) -> bool:

@@ -19,9 +19,9 @@ from ddecode.config import DistillConfig, ObjectiveConfig
 from ddecode.distillation import distill
 from ddecode.evaluation.zoo import Judge, ZooRow, evaluate
 from ddecode.files import write_aside
-from ddecode.images import grid, png
+from ddecode.images import grid, png, to_uint8
 from ddecode.pairs import make_manifest, write_pairs
-from ddecode.pipeline import DistilledPipeline, to_uint8
+from ddecode.pipeline import DistilledPipeline
 from ddecode.randomness import sample_generators
 from ddecode.report import Report
 

@@ -21,7 +21,7 @@ from ddecode.objectives.score import ARDiffusion, ScoreTerm, TuningObjective
 from ddecode.objectives.student import StudentObjective
 from ddecode.pairs import ForcedPairs, Pairs
 from ddecode.previews import Preview
-from ddecode.processes import launch, meet, rank, world
+from ddecode.processes import launch, meet, rank
 from ddecode.randomness import fresh_weights
 from ddecode.reporters import check_reporters
 from ddecode.student import Student
@@ -99,7 +99,7 @@ def make_score_term(
 
 def make_positives(teacher: Teacher, images: LabelledImages, folder: Path, *, show_progress: bool = True) -> Positives:
     """Tokens of real images, kept in the run's `folder` so that they are made once, by all processes together."""
-    encode_images(images, teacher, folder, rank=rank(), world=world(), show_progress=show_progress)
+    encode_images(images, teacher, folder, show_progress=show_progress)
     meet()
     return read_positives(images, folder)
 

@@ -1,6 +1,6 @@
-"""Images on disk: grids, folders of PNGs, arrays; sets of them are written and read a batch at a time.
+"""Images from a decoder to 8 bits and on disk: grids, folders of PNGs, arrays; sets are written and read by batches.
 
-N images of a set, B of a batch, H W image height and width; images are uint8 [B,H,W,3].
+N images of a set, B of a batch, H W image height and width; images are uint8 [B,H,W,3], a decoder's [B,3,H,W].
 """
 
 import io
@@ -13,13 +13,19 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Literal
 
 import numpy as np
+import torch
 from PIL import Image, PngImagePlugin
+from torch import Tensor
 
 from ddecode.files import check_room, opened_aside, write_aside
 
+OutputType = Literal["pil", "np", "pt", "latent"]
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+ROUNDING = "clamp to [-1,1], round((x+1)*127.5) to 8 bits"
+"""What `to_uint8` does, as torchvision's `save_image`, DD1 and LlamaGen do: nearest. guided-diffusion truncates."""
 NAME = re.compile(r"(?P<index>\d{6,})-class(?P<label>\d+)\.png")
 """Of image `index` of a set in a folder; see `image_name`."""
 LARGEST_IMAGE = 1 << 28
@@ -28,6 +34,23 @@ LARGEST_HEADER = 1 << 16
 """Of an `.npy`."""
 NOTE = "ddecode"
 """The PNG text chunk of `png`'s note."""
+
+
+def to_output(images_B3HW: Tensor, output_type: OutputType) -> Any:
+    """Decoder output in [-1,1] to what the caller asked for; values outside are clamped."""
+    if output_type == "pt":
+        return (images_B3HW.float().clamp(-1, 1) + 1) / 2
+    array = to_uint8(images_B3HW)
+    return array if output_type == "np" else [Image.fromarray(image) for image in array]
+
+
+def to_uint8(images_B3HW: Tensor) -> np.ndarray:
+    """fp32 [B,3,H,W] in [-1,1] to uint8 [B,H,W,3]: round((x + 1) * 127.5)."""
+    scaled = ((images_B3HW.float().clamp(-1, 1) + 1) * 127.5).round()
+    return scaled.to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu().numpy()
+
+
+# --- writing --------------------------------------------------------------------------------------------------
 
 
 def grid(images_NHW3: np.ndarray, columns: int | None = None, scale: int = 1) -> Image.Image:

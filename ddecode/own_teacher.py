@@ -26,13 +26,12 @@ from ddecode.config import TrainingConfig, as_dict, build
 from ddecode.evaluation.features import FeatureNetwork, load_features, save_features
 from ddecode.evaluation.zoo import write_statistics
 from ddecode.files import write_aside
-from ddecode.images import grid, png
+from ddecode.images import grid, png, to_uint8
 from ddecode.locks import held
 from ddecode.objectives.likelihood import LikelihoodObjective
 from ddecode.objectives.recognition import ClassObjective, InstanceObjective
 from ddecode.objectives.reconstruction import CountedTokenizer, ReconstructionObjective
 from ddecode.own_images import AT_ONCE, ImageSamples, ImagesConfig, OwnImages, TokenSamples, spread
-from ddecode.pipeline import to_uint8
 from ddecode.processes import launch
 from ddecode.randomness import derived_seed, fresh_weights
 from ddecode.teacher import Recipe, Teacher

@@ -10,19 +10,18 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal, Unpack
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ddecode.arguments import check_labels, shown
 from ddecode.callback import CALLBACK_TENSORS, StepCallback, call_back, check_tensors
 from ddecode.card import Card, write_card
-from ddecode.checkpoint import RECIPE, HubAccess, ModelFolder, UploadOptions, family_of, save_model, upload
+from ddecode.checkpoint import RECIPE, HubAccess, ModelFolder, UploadOptions, backbone_family, save_model, upload
 from ddecode.compilation import compile_blocks
 from ddecode.config import build
 from ddecode.files import write_aside
+from ddecode.images import OUTPUT_TYPES, OutputType, to_output
 from ddecode.plan import NAME, Plan, parse_plan, student_plan
 from ddecode.precision import autocast, cast, check_device, check_dtype, decoder, network
 from ddecode.sampling import AfterPass, Model, Progress, Skip, check_models, execute, passes
@@ -30,11 +29,7 @@ from ddecode.student import Student
 from ddecode.teacher import Recipe, Teacher, batch_size, draw_noise, per_sample_generators
 from ddecode.types import Generators, Labels, Tokenizer
 
-OutputType = Literal["pil", "np", "pt", "latent"]
-OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 Steps = int | Literal["teacher"]
-ROUNDING = "clamp to [-1,1], round((x+1)*127.5) to 8 bits"
-"""What `to_uint8` does, as torchvision's `save_image`, DD1 and LlamaGen do: nearest. guided-diffusion truncates."""
 OWN_NAMES = ("student", "teacher", "skip")
 """What plans call a pipeline's own models, and the control."""
 
@@ -165,7 +160,7 @@ class DistilledPipeline:
         if dtype is not None:
             check_dtype(dtype)
         modules: dict[str, Any] = {"tokenizer": self.tokenizer}
-        config = {"family": family_of(self.any_model.backbone), **self.notes, "class_names": self.class_names}
+        config = {"family": backbone_family(self.any_model.backbone), **self.notes, "class_names": self.class_names}
         config["tokenizer"] = modules["tokenizer"].config
         if self.teacher is not None:
             modules["teacher"] = self.teacher.backbone
@@ -403,17 +398,3 @@ class DistilledPipeline:
 
 def same_codes(first_VC: Tensor, second_VC: Tensor) -> bool:
     return first_VC.shape == second_VC.shape and bool(torch.equal(first_VC.cpu(), second_VC.cpu()))
-
-
-def to_output(images_B3HW: Tensor, output_type: OutputType) -> Any:
-    """Decoder output in [-1,1] to what the caller asked for; values outside are clamped."""
-    if output_type == "pt":
-        return (images_B3HW.float().clamp(-1, 1) + 1) / 2
-    array = to_uint8(images_B3HW)
-    return array if output_type == "np" else [Image.fromarray(image) for image in array]
-
-
-def to_uint8(images_B3HW: Tensor) -> np.ndarray:
-    """fp32 [B,3,H,W] in [-1,1] to uint8 [B,H,W,3]: round((x + 1) * 127.5)."""
-    scaled = ((images_B3HW.float().clamp(-1, 1) + 1) * 127.5).round()
-    return scaled.to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu().numpy()

@@ -16,10 +16,9 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from ddecode.files import write_aside
-from ddecode.images import grid, png
+from ddecode.images import grid, png, to_uint8
 from ddecode.objectives.score import ARDiffusion
 from ddecode.pairs import noise_of
-from ddecode.pipeline import to_uint8
 from ddecode.plan import student_plan
 from ddecode.randomness import derived_seed
 from ddecode.sampling import execute

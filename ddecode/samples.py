@@ -22,9 +22,9 @@ from tqdm import tqdm
 
 from ddecode.config import as_dict
 from ddecode.files import write_aside
-from ddecode.images import NAME, check_png, image_name, png, pngs, read_note
+from ddecode.images import NAME, ROUNDING, check_png, image_name, png, pngs, read_note, to_uint8
 from ddecode.locks import held
-from ddecode.pipeline import ROUNDING, DistilledPipeline, to_uint8
+from ddecode.pipeline import DistilledPipeline
 from ddecode.plan import Plan
 from ddecode.processes import in_turn, meet, rank, share
 from ddecode.randomness import derived_seed, sample_generators

@@ -45,6 +45,15 @@ class Recipe:
             raise ValueError(f"top_p must lie in (0, 1] (1 is off), got {self.top_p}")
 
 
+def guide(logits: Tensor, weight: float | Tensor) -> Tensor:
+    """Classifier-free guidance, (1 + w) l_cond - w l_uncond: logits [2B,N,V] of both halves to [B,N,V].
+
+    The weight w is one, or [N,1].
+    """
+    cond, uncond = logits.chunk(2)
+    return torch.lerp(uncond, cond, 1.0 + weight)
+
+
 def filter_log_probs(logits_BNV: Tensor, *, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> Tensor:
     """Log-probabilities after temperature, top-k and then top-p; excluded codes are -inf.
 
@@ -209,16 +218,26 @@ class Teacher:
         Returns:
             fp32 [B,L,V]; excluded codes are -inf.
         """
-        backbone, steps = self.backbone, enumerate(self.steps)
-        weights = [backbone.guidance_weight(recipe.guidance_scale, k) for k, count in steps for _ in range(count)]
-        condition = backbone.condition(labels)
-        if guided := any(w > 0 for w in weights):
-            condition = Condition.joined(condition, backbone.condition(backbone.unconditional(labels)))
+        backbone = self.backbone
+        condition, weights = self.guided(labels, recipe)
         logits = backbone.logits(forced_hidden(backbone, ids_BL, condition), condition)
-        if guided:
-            cond, uncond = logits.chunk(2)
-            logits = torch.lerp(uncond, cond, 1.0 + logits.new_tensor(weights)[:, None])
+        if weights:
+            each_L = [w for w, count in zip(weights, self.steps, strict=True) for _ in range(count)]
+            logits = guide(logits, logits.new_tensor(each_L)[:, None])
         return filter_log_probs(logits, top_k=recipe.top_k, top_p=recipe.top_p)
+
+    def guided(self, labels: Any, recipe: Recipe) -> tuple[Condition, list[float]]:
+        """The condition of a pass, and what `guide` weighs each AR step by.
+
+        Where the recipe guides, the condition is of 2 B samples, the second half without their labels; elsewhere of B,
+        and there are no weights.
+        """
+        backbone = self.backbone
+        weights = [backbone.guidance_weight(recipe.guidance_scale, k) for k in range(len(self.steps))]
+        condition = backbone.condition(labels)
+        if not any(w > 0 for w in weights):
+            return condition, []
+        return Condition.joined(condition, backbone.condition(backbone.unconditional(labels))), weights
 
     def generate(
         self,
@@ -283,20 +302,16 @@ class Teacher:
         backbone = self.backbone
         begin = 0 if resolved_BN is None else resolved_BN.shape[1]
         first, last = self.step_at(begin), self.step_at(self.length if stop is None else stop)
-        weights = [backbone.guidance_weight(recipe.guidance_scale, k) for k in range(len(self.steps))]
-        condition = backbone.condition(labels)
-        if guided := any(w > 0 for w in weights):
-            condition = Condition.joined(condition, backbone.condition(backbone.unconditional(labels)))
+        condition, weights = self.guided(labels, recipe)
 
         def read(hidden_BND: Tensor, step: int, start: int) -> Tensor:
             logits = backbone.logits(hidden_BND, condition)
-            if guided:
-                cond, uncond = logits.chunk(2)
-                logits = torch.lerp(uncond, cond, 1.0 + weights[step])
+            if weights:
+                logits = guide(logits, weights[step])
             log_probs = filter_log_probs(logits, temperature=temperature, top_k=recipe.top_k, top_p=recipe.top_p)
             return pick(log_probs, start)
 
-        steps, copies = range(first, last), 2 if guided else 1
+        steps, copies = range(first, last), 2 if weights else 1
         return unroll(backbone, condition, read, steps=steps, copies=copies, resolved_BN=resolved_BN)
 
     def step_at(self, position: int) -> int:

@@ -1,5 +1,6 @@
 """Fixtures that several files share; no test reaches the network."""
 
+import shutil
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from tiny import make_pipeline, make_scale_teacher, make_student, make_teacher, save_tiny
+from upstream import State, make_states
 
 from ddecode.pipeline import DistilledPipeline
 from ddecode.student import Student
@@ -51,6 +53,18 @@ def pipe() -> DistilledPipeline:
 def model(pipe: DistilledPipeline, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`pipe` as a folder. Shared: do not change it."""
     return save_tiny(tmp_path_factory.mktemp("models") / "tiny", pipe)
+
+
+@pytest.fixture
+def copy(model: Path, tmp_path: Path) -> Path:
+    """Of `model`, to be changed."""
+    return shutil.copytree(model, tmp_path / "copy")
+
+
+@pytest.fixture(scope="session")
+def states() -> dict[str, State]:
+    """By kind, in upstream's layout. Shared: do not change it."""
+    return make_states()
 
 
 @pytest.fixture(scope="session")

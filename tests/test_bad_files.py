@@ -39,15 +39,6 @@ def bounded_memory() -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_AS, before)
 
 
-@pytest.fixture
-def copy(model: Path, tmp_path: Path) -> Path:
-    folder = tmp_path / "copy"
-    folder.mkdir()
-    for name, content in tree_of(model).items():
-        (folder / name).write_bytes(content)
-    return folder
-
-
 # --- safetensors ----------------------------------------------------------------------------------------------
 
 NAME = "teacher.norm.weight"

@@ -1,6 +1,7 @@
 """Model cards: what the hub and people read of a model, and what a card refuses to leave out."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +27,7 @@ RESULT = {
 
 @pytest.fixture
 def folder(model: Path, tmp_path: Path) -> Path:
-    folder = tmp_path / "mine"
-    folder.mkdir()
-    for name, content in tree_of(model).items():
-        (folder / name).write_bytes(content)
-    return folder
+    return shutil.copytree(model, tmp_path / "mine")
 
 
 def card(**options: Any) -> Card:

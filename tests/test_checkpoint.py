@@ -15,15 +15,6 @@ from ddecode import DistilledPipeline, load_teacher
 from ddecode.checkpoint import ModelFolder, bundled_models, find_model
 
 
-@pytest.fixture
-def copy(model: Path, tmp_path: Path) -> Path:
-    folder = tmp_path / "copy"
-    folder.mkdir()
-    for name, content in tree_of(model).items():
-        (folder / name).write_bytes(content)
-    return folder
-
-
 def change_config(folder: Path, change: Any) -> None:
     path = folder / "config.json"
     config = json.loads(path.read_text())

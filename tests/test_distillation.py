@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from interruption import interrupted
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny import (
@@ -108,7 +109,7 @@ OWN_STUDENT = ["student.split=null", "student.diffusion_head=2", "student.initia
 
 @pytest.mark.parametrize(("stage", "overrides"), [("tuning", []), ("student", []), ("student", OWN_STUDENT)])
 def test_dd2_goes_through_both_stages_and_resumes_in_either(
-    stage: str, overrides: list[str], model: Path, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    stage: str, overrides: list[str], model: Path, pairs: Path, tmp_path: Path
 ) -> None:
     config = recipe_of(model, tmp_path, *SCORE, *overrides)
     distill(config, pairs, tmp_path / "whole", show_progress=False)
@@ -119,18 +120,8 @@ def test_dd2_goes_through_both_stages_and_resumes_in_either(
     assert len(rows_of(tmp_path / "whole" / "tuning")) == 4
 
     kind = distillation.TuningObjective if stage == "tuning" else StudentObjective
-    forward, calls = kind.forward, []
-
-    def killed(self: Any, *args: Any, **options: Any) -> Any:
-        calls.append(1)
-        if len(calls) == 4:
-            raise KeyboardInterrupt
-        return forward(self, *args, **options)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(kind, "forward", killed)
-        with pytest.raises(KeyboardInterrupt):
-            distill(config, pairs, tmp_path / "parts", show_progress=False)
+    with interrupted(kind, "forward", at=4), pytest.raises(KeyboardInterrupt):
+        distill(config, pairs, tmp_path / "parts", show_progress=False)
     distill(config, pairs, tmp_path / "parts", resume=True, show_progress=False)
     for run in ("", "tuning"):
         assert rows_of(tmp_path / "parts" / run) == rows_of(tmp_path / "whole" / run)
@@ -213,18 +204,8 @@ def test_real_positives_are_encoded_once_and_a_stopped_run_goes_on(
     assert first[0]["verdict_student"] == first[1]["verdict_student"]
     assert first[0]["verdict_positive"] != first[1]["verdict_positive"]
 
-    forward, calls = StudentObjective.forward, []
-
-    def killed(self: Any, *args: Any, **options: Any) -> Any:
-        calls.append(1)
-        if len(calls) == 4:
-            raise KeyboardInterrupt
-        return forward(self, *args, **options)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(StudentObjective, "forward", killed)
-        with pytest.raises(KeyboardInterrupt):
-            distill(config, pairs, tmp_path / "parts", show_progress=False)
+    with interrupted(StudentObjective, "forward", at=4), pytest.raises(KeyboardInterrupt):
+        distill(config, pairs, tmp_path / "parts", show_progress=False)
     tokens = tree_of(tmp_path / "parts" / "positives")
     assert tokens == tree_of(tmp_path / "whole" / "positives") and len(tokens) == 1
     monkeypatch.setattr(positives, "read_image", None)  # everything is encoded

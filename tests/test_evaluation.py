@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
-from tiny import C, L, seeded
+from tiny import C, L, make_pipeline, seeded
 
 from ddecode.checkpoint import zoo_folder
 from ddecode.evaluation.features import FeatureNetwork, load_features, perceptual_distance
 from ddecode.evaluation.metrics import Gaussian, control_share, fit_gaussian, frechet_distance, intra_class_variance
 from ddecode.evaluation.results import as_json
-from ddecode.evaluation.zoo import Judge, evaluate, permute_within_class, table
+from ddecode.evaluation.zoo import Judge, evaluate, judged, permute_within_class, table
 from ddecode.pipeline import DistilledPipeline
 
 
@@ -159,6 +159,12 @@ def test_without_a_teacher_figures_against_it_are_absent(pipe: DistilledPipeline
     alone = DistilledPipeline(tokenizer=pipe.tokenizer, student=pipe.student)
     (row,) = evaluate(alone, {"1": alone.plan(1)}, judge, model="tiny", num=8, show_progress=False).rows
     assert row.frechet > 0 and (row.ratio, row.control_share, row.variance) == (None, None, None)
+
+
+def test_half_precision_is_judged_by_the_images_that_a_call_gives(judge: Judge) -> None:
+    pipe = make_pipeline().to(torch.bfloat16)
+    embeddings, images = (pipe([0, 1, 2], generator=seeded(0), output_type=form).images for form in ("latent", "np"))
+    np.testing.assert_array_equal(judged(judge, pipe, embeddings)["features"], judge.look(images)[0])
 
 
 def test_too_few_samples_are_refused(pipe: DistilledPipeline, judge: Judge) -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 from command import Capture, refused, run
+from interruption import interrupted
 from PIL import Image
 from tiny import make_tokenizer, make_var_tokenizer, seeded, tree_of, write_yaml
 
@@ -132,16 +133,7 @@ def test_a_stopped_run_ends_as_one_that_was_not(
     write_yaml(tmp_path / "recipe.yaml", toy_recipe("llamagen"))
     whole = ("train", "--config", "recipe.yaml", "--images", shapes)
     assert run(*whole, "--out", "whole", "teacher=whole/model") == 0
-    calls = iter(range(100))
-    real = ReconstructionObjective.forward
-
-    def killed(self: Any, *args: Any, **options: Any) -> Any:
-        if next(calls) == 21:  # codes were moved in the step before
-            raise KeyboardInterrupt
-        return real(self, *args, **options)
-
-    with monkeypatch.context() as change:
-        change.setattr(ReconstructionObjective, "forward", killed)
+    with interrupted(ReconstructionObjective, "forward", at=22):  # codes were moved in the step before
         assert run(*whole, "--out", "own") == 130
     assert not Path("own/model").exists()
     assert "own holds a run already; add --resume" in refused(capsys, *whole, "--out", "own")

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -40,11 +41,7 @@ def whole(teacher: Teacher, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def copy(whole: Path, tmp_path: Path) -> Path:
-    folder = tmp_path / "copy"
-    folder.mkdir()
-    for name, content in tree_of(whole).items():
-        (folder / name).write_bytes(content)
-    return folder
+    return shutil.copytree(whole, tmp_path / "copy")
 
 
 def test_a_folder_holds_a_manifest_and_shards(whole: Path) -> None:

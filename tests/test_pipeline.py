@@ -21,7 +21,8 @@ from tiny import (
     seeded,
 )
 
-from ddecode.pipeline import DistilledPipeline, to_uint8
+from ddecode.images import to_uint8
+from ddecode.pipeline import DistilledPipeline
 from ddecode.plan import parse_plan
 from ddecode.teacher import Recipe, Teacher
 

@@ -10,6 +10,7 @@ from safetensors.torch import save
 from scipy.stats import chisquare
 from tiny import make_scale_teacher, make_teacher, make_var_teacher, seeded, tree_of
 
+from ddecode import processes
 from ddecode.labelled_images import LabelledImages, read_image
 from ddecode.objectives import positives as positives_module
 from ddecode.objectives.positives import Positives, encode_images, image_size, read_positives
@@ -44,8 +45,10 @@ def test_tokens_are_those_of_the_tokenizer_whoever_encodes(
     teacher: Teacher = make()
     images, size = LabelledImages.open(folder, 4), image_size(teacher)
     encode_images(images, teacher, tmp_path / "one", show_progress=False)
+    monkeypatch.setattr(processes, "world", lambda: 2)
     for rank in (1, 0):
-        encode_images(images, teacher, tmp_path / "two", rank=rank, world=2, show_progress=False)
+        monkeypatch.setattr(processes, "rank", lambda rank=rank: rank)
+        encode_images(images, teacher, tmp_path / "two", show_progress=False)
     assert tree_of(tmp_path / "one") == tree_of(tmp_path / "two") and len(tree_of(tmp_path / "one")) == 3
     kept = read_positives(images, tmp_path / "one")
     expected = teacher.tokenizer.encode(torch.stack([read_image(path, size) for path in images.paths]))

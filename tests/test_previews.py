@@ -12,9 +12,10 @@ from torch.nn import functional as F
 
 from ddecode import previews
 from ddecode.config import PairsConfig, as_dict
+from ddecode.images import to_uint8
 from ddecode.objectives.score import ARDiffusion
 from ddecode.pairs import make_manifest, noise_of
-from ddecode.pipeline import DistilledPipeline, to_uint8
+from ddecode.pipeline import DistilledPipeline
 from ddecode.previews import Preview, emitted
 from ddecode.randomness import derived_seed, sample_seed
 from ddecode.student import Student

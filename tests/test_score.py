@@ -1,19 +1,27 @@
-"""DD2's objectives: posterior means against closed forms, both stages on toys whose distribution is known.
+"""DD2's objectives: posterior means against closed forms, the second stage on toys whose distribution is known.
 
 R noise draws, B batch, L positions, V codes, C code width.
 """
 
 import math
-from pathlib import Path
 from typing import Any, Literal
 
 import pytest
 import torch
-from tiny import ScaleTokenizer, make_scale_teacher, make_teacher, make_var_teacher, scramble, seeded
-from torch import Tensor, nn
+from table_teacher import (
+    CODES,
+    JOINT,
+    AnalyticGuidance,
+    Generator,
+    draw_ids,
+    frequencies,
+    table_teacher,
+    total_variation,
+)  # fmt: skip
+from tiny import make_scale_teacher, make_teacher, make_var_teacher, scramble, seeded
+from torch import Tensor
 
 from ddecode.codebook import nearest_code
-from ddecode.config import TrainingConfig
 from ddecode.flow import Codes
 from ddecode.objectives import score as score_module
 from ddecode.objectives.score import (
@@ -28,80 +36,9 @@ from ddecode.objectives.score import (
     velocity,
 )
 from ddecode.teacher import Recipe, Teacher
-from ddecode.training import train
-from ddecode.trajectory import resolve
-from ddecode.types import Condition, KeyValueCache
 
-CODES = torch.tensor([[1.0, 0.0], [-0.5, 0.8], [-0.6, -0.7]])
-JOINT = torch.tensor([[0.30, 0.02, 0.08], [0.05, 0.25, 0.0], [0.0, 0.10, 0.20]])
-"""Of two tokens; drawing each from its marginal is 0.415 away from it in total variation."""
 TIMES = (1.0, 0.9, 0.5, 0.1, 0.02, 1e-3)
 FORMS = pytest.mark.parametrize("form", ["dmd", "sid"])
-TEACHERS = pytest.mark.parametrize("make", [make_teacher, make_var_teacher, make_scale_teacher])
-
-
-class TableBackbone(nn.Module):
-    """A `Backbone` of two tokens with any joint distribution: a hidden state says which token came before."""
-
-    steps, depth, num_classes = (1, 1), 1, 1
-
-    def __init__(self, joint_VV: Tensor) -> None:
-        super().__init__()
-        self.vocab_size, self.width = len(joint_VV), len(joint_VV) + 1
-        self.table = nn.Parameter(torch.cat([joint_VV.sum(1)[None], joint_VV / joint_VV.sum(1, keepdim=True)]).log())
-
-    def condition(self, labels: Tensor) -> Condition:
-        return Condition(prefix_BPD=torch.eye(self.width)[torch.zeros_like(labels)][:, None])
-
-    def unconditional(self, labels: Tensor) -> Tensor:
-        return torch.full_like(labels, self.num_classes)
-
-    def null_labels(self, batch: int) -> Tensor:
-        return torch.full((batch,), self.num_classes)
-
-    def guidance_weight(self, scale: float, step: int) -> float:
-        return scale
-
-    def token_inputs(self, ids_BN: Tensor, seen: int = 0) -> Tensor:
-        return torch.eye(self.width)[ids_BN + 1][:, seen:]
-
-    def vector_inputs(self, sequence_BLC: Tensor) -> Tensor:
-        raise NotImplementedError
-
-    def student_state(self, teacher: Any, codebook_VC: Tensor) -> dict[str, Tensor]:
-        raise NotImplementedError
-
-    def new_cache(self, batch: int) -> KeyValueCache:
-        return KeyValueCache(0, (batch, 1, 0, 1), device="cpu", dtype=torch.float32)
-
-    def hidden(self, inputs_BND: Tensor, condition: Any, *, cache: Any = None, residuals: Any = None) -> Tensor:
-        return inputs_BND
-
-    def logits(self, hidden_BND: Tensor, condition: Any) -> Tensor:
-        return self.table[hidden_BND.argmax(-1)]
-
-
-def table_teacher(joint_VV: Tensor, codebook_VC: Tensor) -> Teacher:
-    tokenizer = ScaleTokenizer(0)
-    tokenizer.codebook_VC = codebook_VC
-    return Teacher(TableBackbone(joint_VV), tokenizer, family="toy")
-
-
-def labels_of(ids_BL: Tensor) -> Tensor:
-    return torch.zeros(len(ids_BL), dtype=torch.int64)
-
-
-def draw_ids(joint_VV: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    drawn = torch.multinomial(joint_VV.flatten(), count, True, generator=generator)
-    return torch.stack([drawn // len(joint_VV), drawn % len(joint_VV)], 1)
-
-
-def frequencies(ids_BL: Tensor, V: int) -> Tensor:
-    return torch.bincount(ids_BL[:, 0] * V + ids_BL[:, 1], minlength=V * V).view(V, V) / len(ids_BL)
-
-
-def total_variation(ids_BL: Tensor, joint_VV: Tensor) -> float:
-    return (frequencies(ids_BL, len(joint_VV)) - joint_VV).abs().sum().item() / 2
 
 
 def problem(time: float, V: int = 40, C: int = 3) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -188,178 +125,6 @@ def test_noisy_codes_are_their_formula_and_follow_from_the_generator() -> None:
     assert torch.equal(noisy.x_RBLC, noisy_codes(codes, 400, seeded(1)).x_RBLC)
 
 
-@TEACHERS
-def test_guidance_sees_tokens_of_earlier_steps_alone(make: Any) -> None:
-    teacher: Teacher = make()
-    guidance = ARDiffusion.from_teacher(teacher, width=16, depth=2)
-    scramble(guidance.head, 5)
-    ids = torch.randint(12, (2, teacher.length), generator=seeded(1))
-    changed = ids.clone()
-    changed[:, 5:] = (changed[:, 5:] + 1) % 12
-    noisy = noisy_codes(teacher.codebook_VC[ids], 3, seeded(2))
-    labels = torch.tensor([0, 1])
-    ours, others = (guidance(i, labels, noisy.x_RBLC, noisy.time_RBL) for i in (ids, changed))
-    assert ours.shape == noisy.x_RBLC.shape and ours.dtype == torch.float32
-    ends = [sum(teacher.steps[: k + 1]) for k in range(len(teacher.steps))]
-    first = next(end for end in ends if end > 5)
-    difference = (ours - others).abs().amax((0, 1, 3))
-    assert not difference[:first].any()
-    assert first == teacher.length or difference[first:].min() > 1e-5
-    other_label = guidance(ids, torch.tensor([2, 1]), noisy.x_RBLC, noisy.time_RBL)
-    assert (ours - other_label)[:, 0].abs().amax((0, 2)).min() > 1e-5
-    one_draw = guidance(ids, labels, noisy.x_RBLC[1], noisy.time_RBL[1])
-    torch.testing.assert_close(one_draw, ours[1], atol=1e-5, rtol=1e-5)
-
-
-def test_guidance_is_a_trainable_copy_that_shares_the_tokenizer() -> None:
-    teacher = make_var_teacher()
-    teacher.backbone.requires_grad_(False)
-    guidance = ARDiffusion.from_teacher(teacher)
-    assert guidance.backbone.tokenizer is teacher.tokenizer
-    theirs = dict(teacher.backbone.named_parameters())
-    for name, parameter in guidance.backbone.named_parameters():
-        assert parameter.requires_grad and not theirs[name].requires_grad, name
-        assert torch.equal(parameter, theirs[name]) and parameter.data_ptr() != theirs[name].data_ptr(), name
-
-
-class AnalyticHead(nn.Module):
-    """Velocities of a teacher whose log-probabilities stand where features would, less a constant."""
-
-    def __init__(self, codebook_VC: Tensor, offset: float = 0.0) -> None:
-        super().__init__()
-        self.codebook_VC, self.offset = codebook_VC, offset
-
-    def forward(self, log_probs_BLV: Tensor, x_RBLC: Tensor, time_RBL: Tensor) -> Tensor:
-        mean = posterior_mean(x_RBLC, time_RBL, log_probs_BLV, self.codebook_VC)
-        return velocity(x_RBLC, mean, time_RBL) - self.offset
-
-
-class AnalyticGuidance(ARDiffusion):
-    """The guidance network of a generator that samples as `teacher` does."""
-
-    def __init__(self, teacher: Teacher, offset: float = 0.0) -> None:
-        super().__init__(teacher.backbone, teacher.codebook_VC)
-        self.teacher, self.head = teacher, AnalyticHead(teacher.codebook_VC, offset)
-
-    def features(self, ids_BL: Tensor, labels: Any) -> Tensor:
-        return self.teacher.log_probs(ids_BL, labels, Recipe())
-
-
-def test_both_targets_of_the_first_stage_have_the_same_mean() -> None:
-    """The exact velocity has no analytic error; a constant more costs its square under either target."""
-    teacher = table_teacher(JOINT, CODES)
-    ids = draw_ids(JOINT, 4000, seeded(0))
-    losses = {
-        (target, offset): TuningObjective(teacher, AnalyticGuidance(teacher, offset), target=target, draws=2)(
-            torch.zeros(4000, 2, 2), ids, labels_of(ids), seeded(1)
-        )[0].item()
-        for target in ("analytic", "monte_carlo")
-        for offset in (0.0, 0.5)
-    }
-    assert losses["analytic", 0.0] == pytest.approx(0, abs=1e-9)
-    assert losses["analytic", 0.5] == pytest.approx(0.25, abs=1e-5)
-    assert losses["monte_carlo", 0.0] > 0.2
-    # 32 000 errors of variance below 1: the cross term's standard error is below 0.006
-    assert losses["monte_carlo", 0.5] - losses["monte_carlo", 0.0] == pytest.approx(0.25, abs=0.025)
-
-
-@pytest.fixture(scope="module")
-def tuned() -> ARDiffusion:
-    """The first stage on JOINT."""
-    teacher, generator = table_teacher(JOINT, CODES), seeded(0)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = ARDiffusion.from_teacher(teacher, width=48, depth=2)
-    objective = TuningObjective(teacher, model)
-    optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
-    for step in range(steps := 300):
-        optimizer.param_groups[0]["lr"] = 5e-3 * (1 - step / steps)
-        ids = draw_ids(JOINT, 96, generator)
-        loss, _ = objective(torch.zeros(96, 2, 2), ids, labels_of(ids), generator)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    return model.eval()
-
-
-@torch.no_grad()
-def test_the_first_stage_learns_the_teachers_posterior_means(tuned: ARDiffusion) -> None:
-    teacher, ids = table_teacher(JOINT, CODES), draw_ids(JOINT, 2000, seeded(1))
-    log_probs = teacher.log_probs(ids, labels_of(ids), Recipe())
-    for time in (0.05, 0.2, 0.4, 0.6, 0.8, 1.0):
-        time_BL = torch.full((2000, 2), time)
-        x = (1 - time) * CODES[ids] + time * torch.randn(2000, 2, 2, generator=seeded(2))
-        ours = x - time * tuned(ids, labels_of(ids), x, time_BL)
-        error = (ours - posterior_mean(x, time_BL, log_probs, CODES)).square().mean().sqrt().item()
-        assert error < 0.1 * CODES.std().item(), (time, error)
-
-
-def test_the_first_stage_samples_the_teachers_joint_distribution(tuned: ARDiffusion) -> None:
-    ids = tuned.sample(torch.randn(4000, 2, 2, generator=seeded(3)), torch.zeros(4000, dtype=torch.int64), CODES)
-    assert total_variation(ids, JOINT) < 0.05  # drawing 4000 from JOINT itself: 0.013 on average
-
-
-def test_exact_velocities_send_noise_where_the_teachers_map_does() -> None:
-    """The sampler and the map are solvers of one ODE; where they disagree, the noise lies between two codes."""
-    teacher, noise = table_teacher(JOINT, CODES), torch.randn(2000, 2, 2, generator=seeded(0))
-
-    class Head(nn.Module):
-        def forward(self, hidden_BND: Tensor, x_BNC: Tensor, time_BN: Tensor) -> Tensor:
-            log_probs = teacher.backbone.logits(hidden_BND, None)
-            return velocity(x_BNC, posterior_mean(x_BNC, time_BN, log_probs, CODES), time_BN)
-
-    guidance = ARDiffusion(teacher.backbone, CODES)
-    guidance.head = Head()
-    labels = torch.zeros(2000, dtype=torch.int64)
-    mapped = resolve(teacher, noise, labels, num_steps=64)
-    agreement = [(guidance.sample(noise, labels, CODES, n) == mapped).all(1).float().mean() for n in (4, 16, 64)]
-    assert agreement[0] > 0.9 and agreement[1] > 0.97 and agreement[2] > 0.99, agreement
-
-
-@TEACHERS
-def test_sampling_the_guidance_network_equals_whole_passes(make: Any) -> None:
-    """No cache: each AR step's tokens from the features that a pass over all of the sequence gives there."""
-    teacher: Teacher = make()
-    guidance = ARDiffusion.from_teacher(teacher, width=16, depth=2)
-    scramble(guidance.head, 5)
-    codebook, labels = teacher.codebook_VC, torch.tensor([0, 2, 1])
-    noise = torch.randn(3, teacher.length, codebook.shape[1], generator=seeded(1))
-    fast, slow = guidance.sample(noise, labels, codebook, 2), torch.zeros(3, teacher.length, dtype=torch.int64)
-    begin = 0
-    for count in teacher.steps:
-        half, whole = (torch.full(noise.shape[:2], time) for time in (0.5, 1.0))
-        with torch.no_grad():
-            first = guidance(slow, labels, noise, whole)
-            middle = noise - (first + guidance(slow, labels, noise - first / 2, half)) / 4
-            end = middle - guidance(slow, labels, middle, half) / 2
-        slow[:, begin : begin + count] = nearest_code(end, codebook)[:, begin : begin + count]
-        begin += count
-    assert torch.equal(fast, slow)
-
-
-def test_the_first_stage_trains_in_the_common_loop(tmp_path: Path) -> None:
-    teacher = make_var_teacher(recipe=Recipe(guidance_scale=1.5, top_k=8, top_p=0.9))
-
-    class Pairs:
-        def __len__(self) -> int:
-            return 6
-
-        def batch(self, indices: list[int]) -> tuple[Tensor, ...]:
-            ids = torch.randint(32, (6, teacher.length), generator=seeded(0))[indices]
-            return torch.zeros(len(indices), teacher.length, 8), ids, torch.tensor(indices) % 4
-
-    before = {name: p.clone() for name, p in teacher.backbone.named_parameters()}
-    objective = TuningObjective(teacher, ARDiffusion.from_teacher(teacher, width=16), draws=2)
-    config = TrainingConfig(steps=3, batch=2, lr=1e-2, warmup_steps=0, log_every=1, precision="bf16")
-    average = train(objective, Pairs(), config, tmp_path, identity={}, show_progress=False)
-    assert isinstance(average, ARDiffusion)
-    assert '"velocity_error"' in (tmp_path / "log.jsonl").read_text()
-    for name, parameter in teacher.backbone.named_parameters():
-        assert torch.equal(parameter, before[name]), name
-    moved = dict(objective.model.backbone.named_parameters())
-    assert any(not torch.equal(moved[name], before[name]) for name in before)
-
-
 def test_score_identity_has_the_gradient_of_the_squared_difference() -> None:
     """A generator of +-theta against a teacher of +-1, by quadrature; D of codes +-a is a tanh((1-t) a x / t^2)."""
     time = 0.6
@@ -424,7 +189,7 @@ def test_the_dmd_gradient_is_the_difference_of_posterior_means() -> None:
 
 
 @FORMS
-@TEACHERS
+@pytest.mark.parametrize("make", [make_teacher, make_var_teacher, make_scale_teacher])
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
 def test_gradients_go_where_they_belong(form: Literal["dmd", "sid"], make: Any, precision: torch.dtype) -> None:
     """Each loss reaches its own network alone, also when both are summed under one autocast."""
@@ -477,34 +242,6 @@ def test_nothing_open_is_no_loss_and_too_few_draws_are_refused() -> None:
         TuningObjective(teacher, guidance, draws=0)
     with pytest.raises(ValueError, match="draws and guidance_draws must be at least 1"):
         ScoreTerm(teacher, guidance, guidance_draws=0)
-
-
-class Generator(nn.Module):
-    """One step from noise [B,2,C] to two positions: continuous vectors, or codes straight through their argmax.
-
-    It begins with positions that know nothing of each other.
-    """
-
-    def __init__(self, codebook_VC: Tensor, *, emits_codes: bool) -> None:
-        super().__init__()
-        V, C = codebook_VC.shape
-        self.codebook_VC, self.emits_codes = codebook_VC, emits_codes
-        self.network = nn.Sequential(
-            nn.Flatten(), nn.Linear(2 * C, 64), nn.SiLU(), nn.Linear(64, 64), nn.SiLU(),
-            nn.Linear(64, 2 * (V if emits_codes else C)), nn.Unflatten(1, (2, -1)),
-        )  # fmt: skip
-
-    def forward(self, noise_BLC: Tensor) -> Tensor:
-        if not self.emits_codes:
-            return noise_BLC + self.network(noise_BLC)
-        logits_BLV = 2 * noise_BLC @ self.codebook_VC.T + self.network(noise_BLC)
-        expected = logits_BLV.softmax(-1) @ self.codebook_VC
-        return expected + (self.codebook_VC[logits_BLV.argmax(-1)] - expected).detach()
-
-    @torch.no_grad()
-    def ids(self, count: int) -> Tensor:
-        noise = torch.randn(count, 2, self.codebook_VC.shape[1], generator=seeded(9))
-        return nearest_code(self(noise), self.codebook_VC)
 
 
 def distilled(joint_VV: Tensor, codebook_VC: Tensor, *, emits_codes: bool, steps: int, **options: Any) -> Generator:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from command import Capture, run
 from disk import room_for
+from interruption import interrupted
 from tiny import distill_recipe, make_student, make_teacher, save_tiny, tree_of, write_yaml
 
 from ddecode.evaluation import zoo
@@ -31,7 +32,7 @@ def test_every_command_survives_a_kill() -> None:
     ]
 
 
-def test_fresh_noise_and_kept_probabilities_go_on(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fresh_noise_and_kept_probabilities_go_on(model: Path, tmp_path: Path) -> None:
     """The memory of a run that goes on is empty at first."""
     recipe = write_yaml(tmp_path / "recipe.yaml", distill_recipe(model))
     assert run("pairs", "--config", recipe, "--out", tmp_path / "pairs") == 0
@@ -43,16 +44,7 @@ def test_fresh_noise_and_kept_probabilities_go_on(model: Path, tmp_path: Path, m
         return run("distill", *arguments, *overrides)
 
     assert distill("whole") == 0
-    batch, calls = Pairs.batch, []
-
-    def killed(self: Pairs, indices: list[int]) -> Any:
-        calls.append(indices)
-        if len(calls) == 10:
-            raise KeyboardInterrupt
-        return batch(self, indices)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Pairs, "batch", killed)
+    with interrupted(Pairs, "batch", at=10):
         assert distill("parts") == 130
     assert distill("parts") == 0
     whole, parts = tree_of(tmp_path / "whole"), tree_of(tmp_path / "parts")
@@ -133,15 +125,13 @@ def test_a_full_disk_is_told_and_the_run_goes_on(
     ],
 )
 def test_a_damaged_file_is_named_and_made_again(
-    verb: str, wrecked: str, message: str, deleted: str | None, judged: Path, tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch, capsys: Capture,
-) -> None:  # fmt: skip
+    verb: str, wrecked: str, message: str, deleted: str | None, judged: Path, tmp_path: Path, capsys: Capture
+) -> None:
     folder = tmp_path / "x"
     expected = whole(verb, judged, folder)
     begin(verb, judged, folder)
     if verb == "eval":
-        with monkeypatch.context() as patch:
-            patch.setattr(zoo, "table", stopped)  # the last thing before the result is written
+        with interrupted(zoo, "table", at=1):  # the last thing before the result is written
             assert run(verb, *arguments_of(verb, judged, folder)) == 130
     else:
         assert run(verb, *arguments_of(verb, judged, folder)) == 0
@@ -158,23 +148,11 @@ def test_a_damaged_file_is_named_and_made_again(
     assert results_of(folder) == expected
 
 
-def stopped(*arguments: Any) -> Any:
-    raise KeyboardInterrupt
-
-
-def test_an_evaluation_goes_on_where_it_stopped(judged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    emit, calls = DistilledPipeline.emit, []
-
-    def counted(self: DistilledPipeline, *arguments: Any) -> Any:
-        calls.append(arguments)
-        if len(calls) == 7:
-            raise KeyboardInterrupt
-        return emit(self, *arguments)
-
-    monkeypatch.setattr(DistilledPipeline, "emit", counted)
-    assert run("eval", *arguments_of("eval", judged, tmp_path)) == 130
-    assert len(list((tmp_path / "eval.json.blocks").glob("*.npz"))) == 6
-    assert run("eval", *arguments_of("eval", judged, tmp_path)) == 0
+def test_an_evaluation_goes_on_where_it_stopped(judged: Path, tmp_path: Path) -> None:
+    with interrupted(DistilledPipeline, "emit", at=7) as calls:
+        assert run("eval", *arguments_of("eval", judged, tmp_path)) == 130
+        assert len(list((tmp_path / "eval.json.blocks").glob("*.npz"))) == 6
+        assert run("eval", *arguments_of("eval", judged, tmp_path)) == 0
     assert len(calls) == 7 + 12 - 6, "two sets of the teacher's and one of the student's, of four batches each"
     first = (tmp_path / "eval.json").read_bytes()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["eval.json", "recipe.yaml"]

@@ -15,8 +15,7 @@ from torch import Tensor
 
 from ddecode import DistilledPipeline
 from ddecode.files import write_aside
-from ddecode.images import png
-from ddecode.pipeline import to_uint8
+from ddecode.images import png, to_uint8
 from ddecode.trajectory import resolve
 
 PANEL, GAP, LEFT, TOP, ROW = 128, 44, 96, 26, 186

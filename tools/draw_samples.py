@@ -13,8 +13,7 @@ from PIL import Image, ImageDraw
 
 from ddecode import DistilledPipeline
 from ddecode.files import write_aside
-from ddecode.images import grid, png
-from ddecode.pipeline import to_uint8
+from ddecode.images import grid, png, to_uint8
 from ddecode.randomness import sample_generators
 from ddecode.teacher import draw_noise
 from ddecode.trajectory import resolve

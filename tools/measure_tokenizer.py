@@ -16,7 +16,7 @@ from fashion_mnist import DEFAULT_FOLDER, load_fashion_mnist, to_model_range
 from ddecode.checkpoint import ModelFolder, zoo_folder
 from ddecode.evaluation.metrics import fit_gaussian, frechet_distance
 from ddecode.evaluation.zoo import Judge, write_statistics
-from ddecode.pipeline import to_uint8
+from ddecode.images import to_uint8
 
 
 def as_uint8(images_B1HW: torch.Tensor) -> np.ndarray:

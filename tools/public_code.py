@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ddecode.pipeline import to_uint8
+from ddecode.images import to_uint8
 from third_party_loaders.published import ARCHITECTURES, Architecture
 
 LABEL, SEED = 207, 0

@@ -20,8 +20,8 @@ from ddecode.evaluation.metrics import frechet_distance
 from ddecode.evaluation.reference import Reference, look, see
 from ddecode.evaluation.results import Result, label_balance, row_lines, versions_of
 from ddecode.files import file_hash
-from ddecode.images import ImageSet
-from ddecode.pipeline import ROUNDING, DistilledPipeline
+from ddecode.images import ROUNDING, ImageSet
+from ddecode.pipeline import DistilledPipeline
 from ddecode.plan import Plan
 from ddecode.samples import Labelling, batches_of, draw, draw_labels, make_settings
 from ddecode.sampling import passes

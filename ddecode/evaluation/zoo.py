@@ -34,7 +34,8 @@ from ddecode.evaluation.features import FeatureNetwork, load_features
 from ddecode.evaluation.metrics import Gaussian, control_share, fit_gaussian, frechet_distance, intra_class_variance
 from ddecode.evaluation.results import Result, label_balance, versions_of
 from ddecode.files import read_tensors, write_aside
-from ddecode.pipeline import ROUNDING, DistilledPipeline, to_uint8
+from ddecode.images import ROUNDING, to_uint8
+from ddecode.pipeline import DistilledPipeline
 from ddecode.plan import Plan
 from ddecode.randomness import derived_seed, sample_generators
 from ddecode.samples import batches_of, weights_hash
@@ -228,10 +229,9 @@ def evaluate(
     )
 
 
-@torch.no_grad()
 def judged(judge: Judge, pipe: DistilledPipeline, embeddings_BLC: Tensor) -> Block:
     """`features` [B,F] and `predicted` [B] of the images."""
-    features_BF, predicted_B = judge.look(to_uint8(pipe.tokenizer.decode(embeddings_BLC)))
+    features_BF, predicted_B = judge.look(to_uint8(pipe.decode(embeddings_BLC)))
     return {"features": features_BF, "predicted": predicted_B}
 
 

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from ddecode.files import write_aside
 from ddecode.labelled_images import LabelledImages, read_image
+from ddecode.processes import rank, share
 from ddecode.randomness import draw
 from ddecode.teacher import Teacher
 
@@ -47,10 +48,8 @@ class Positives:
         return self.ids_NL[index_B].long().to(labels_B.device)
 
 
-def encode_images(
-    images: LabelledImages, teacher: Teacher, folder: Path, *, rank: int = 0, world: int = 1, show_progress: bool = True
-) -> None:
-    """Write the images' tokens as shards, those that are not there yet; process `rank` of `world` every world-th.
+def encode_images(images: LabelledImages, teacher: Teacher, folder: Path, *, show_progress: bool = True) -> None:
+    """Write the images' tokens as shards, those of this process's share that are not there yet.
 
     Raises:
         ValueError: the teacher's tokenizer cannot encode, or an image is damaged.
@@ -59,11 +58,11 @@ def encode_images(
         raise ValueError("objective.adversarial.images: the teacher's tokenizer has no encoder; leave the images out")
     folder.mkdir(parents=True, exist_ok=True)
     shards = list(zip(shard_paths(images, folder), batched(images.paths, SHARD_SIZE), strict=True))
-    todo = [(shard, paths) for shard, paths in shards[rank::world] if not shard.exists()]
+    todo = [(shard, paths) for shard, paths in share(shards) if not shard.exists()]
     size = image_size(teacher)
     dtype = torch.int16 if len(teacher.codebook_VC) <= 2**15 else torch.int32
     total = sum(len(paths) for _, paths in todo)
-    bar = tqdm(total=total, unit="img", desc="images", disable=not (show_progress and rank == 0))
+    bar = tqdm(total=total, unit="img", desc="images", disable=not (show_progress and rank() == 0))
     with bar, ThreadPoolExecutor() as pool:
         for shard, paths in todo:
             parts = []

@@ -29,17 +29,21 @@ def crops(images_B3HW: Tensor, generator: torch.Generator, *, least: float, mirr
     return F.grid_sample(images_B3HW, where, mode="bilinear", padding_mode="border", align_corners=False)
 
 
-class ClassObjective(Objective):
-    """Cross-entropy of the classes of slightly cropped images.
+class RecognitionObjective(Objective):
+    """What a feature network learns by.
 
     Args:
         network: trained.
-        mirror: whether mirror images are of the same class.
+        mirror: whether mirror images are to be taken for the same.
     """
 
     def __init__(self, network: FeatureNetwork, *, mirror: bool) -> None:
         super().__init__()
         self.model, self.mirror = network, mirror
+
+
+class ClassObjective(RecognitionObjective):
+    """Cross-entropy of the classes of slightly cropped images."""
 
     def forward(
         self, images_B3HW: Tensor, labels_B: Tensor, generator: torch.Generator, progress: float = 0.0, step: int = 0
@@ -50,18 +54,10 @@ class ClassObjective(Objective):
         return loss, {"accuracy": (logits_BK.argmax(1) == labels_B).float().mean()}
 
 
-class InstanceObjective(Objective):
+class InstanceObjective(RecognitionObjective):
     """Two crops of an image are to be found among those of the batch (InfoNCE; SimCLR, arXiv 2002.05709, eq. 1, with
-    colours left as they are, since those should be judged).
-
-    Args:
-        network: trained; its logits are the projection that is compared.
-        mirror: whether mirror images count as the same.
+    colours left as they are, since those should be judged). The network's logits are the projection that is compared.
     """
-
-    def __init__(self, network: FeatureNetwork, *, mirror: bool) -> None:
-        super().__init__()
-        self.model, self.mirror = network, mirror
 
     def forward(
         self, images_B3HW: Tensor, labels_B: Tensor, generator: torch.Generator, progress: float = 0.0, step: int = 0

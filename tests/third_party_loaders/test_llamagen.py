@@ -1,6 +1,6 @@
 """LlamaGen: equal to upstream where its tensors are at hand, its names, its strictness, its safety.
 
-B batch, L token positions, P condition positions, V codes, C code width.
+B batch, L token positions, V codes, C code width.
 """
 
 import argparse
@@ -13,19 +13,17 @@ import pytest
 import torch
 from parity import close, fixture, needs_parity
 from safetensors.torch import save_file
-from tiny import C, L, make_student, make_teacher, scramble, seeded
+from tiny import C, L, make_student, make_teacher, seeded
 from torch import Tensor
 from torch.nn import functional as F
 
 from ddecode.student import Student
-from ddecode.teacher import Recipe, Teacher, argmax
-from ddecode.trajectory import resolve
+from ddecode.teacher import Teacher
 from third_party_loaders import load_dd1_student, load_llamagen
 from third_party_loaders.adapter import own_student_state, upstream_student_state
-from third_party_loaders.attention import attend
 from third_party_loaders.llamagen import load_tokenizer, transformer_config
 from third_party_loaders.llamagen_tokenizer import VQConfig, VQModel
-from third_party_loaders.llamagen_transformer import LlamaGenTransformer, TransformerConfig, rotary_factors
+from third_party_loaders.llamagen_transformer import LlamaGenTransformer, TransformerConfig
 from third_party_loaders.state import read_state
 
 
@@ -211,149 +209,6 @@ def test_the_unit_codebook_is_kept_until_the_table_changes() -> None:
     with torch.enable_grad():
         assert tokenizer.requires_grad_(True).codebook_VC.requires_grad
         assert not tokenizer.codebook_VC.detach().requires_grad
-
-
-# --- rotary positions and attention ---------------------------------------------------------------------------
-
-
-def test_rotary_factors_are_zero_at_the_condition_and_turn_by_row_and_column() -> None:
-    factors = rotary_factors(4, 16, 3)
-    assert factors.shape == (3 + 16, 8, 2)
-    assert not factors[:3].any()
-    rates = 10000.0 ** (-torch.arange(0, 8, 2)[:4] / 8)
-    for row, column in ((0, 0), (2, 3), (3, 1)):
-        angles = torch.cat([row * rates, column * rates])
-        expected = torch.stack([angles.cos(), angles.sin()], -1)
-        torch.testing.assert_close(factors[3 + 4 * row + column], expected)
-
-
-@pytest.mark.parametrize(("causal", "masked"), [(False, False), (True, False), (False, True)])
-def test_attention_is_the_same_with_and_without_gradients(causal: bool, masked: bool) -> None:
-    q, k, v = torch.randn(3, 2, 2, 7, 4, generator=seeded(0))
-    mask = (torch.rand(2, 1, 7, 7, generator=seeded(1)) > 0.5) | torch.eye(7, dtype=torch.bool) if masked else None
-    plain = attend(q, k, v, mask, causal=causal)
-    trained = attend(q.requires_grad_(), k, v, mask, causal=causal)
-    assert trained.requires_grad and not plain.requires_grad
-    torch.testing.assert_close(trained.detach(), plain)
-
-
-@pytest.mark.parametrize("kind", ["open", "causal", "masked"])
-@pytest.mark.parametrize("at_once", [1, 100, 10**6])
-def test_bf16_attention_a_few_heads_at_a_time_is_near_fp32(
-    kind: str, at_once: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("third_party_loaders.attention.SCORES_AT_ONCE", at_once)
-    q, k, v = torch.randn(3, 2, 3, 9, 8, generator=seeded(0)).bfloat16()
-    allowed = (torch.rand(9, 9, generator=seeded(1)) > 0.5) | torch.eye(9, dtype=torch.bool)
-    mask, causal = allowed if kind == "masked" else None, kind == "causal"
-    exact = F.scaled_dot_product_attention(
-        q.float(), k.float(), v.float(), attn_mask=mask, is_causal=causal, scale=0.25
-    )
-    ours = attend(q, k, v, mask, causal=causal, scale=0.25)
-    assert ours.dtype == torch.bfloat16
-    torch.testing.assert_close(ours.float(), exact, rtol=0.02, atol=0.02)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("scale", [None, 0.5])
-@pytest.mark.parametrize("masked", [False, True])
-def test_attention_of_one_query_is_exact_over_part_of_a_cache(
-    dtype: torch.dtype, scale: float | None, masked: bool
-) -> None:
-    mask = torch.tensor([1, 0, 1, 1, 0, 0, 1]).bool().expand(3, 1, 1, 7) if masked else None
-    cached = torch.randn(2, 3, 2, 12, 8, generator=seeded(0))
-    q = torch.randn(3, 2, 1, 8, generator=seeded(1)).to(dtype)
-    k, v = cached[:, :, :, :7].unbind(0)
-    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
-        ours = attend(q, k, v, mask, scale=scale)
-    assert ours.dtype == dtype
-    exact = F.scaled_dot_product_attention(q.float(), k, v, attn_mask=mask, scale=scale)
-    torch.testing.assert_close(ours, exact.to(dtype))
-
-
-@pytest.mark.parametrize("autocast", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_half_precision_walks_as_it_forces(dtype: torch.dtype, autocast: bool) -> None:
-    """Cached steps and one pass differ by rounding alone."""
-    teacher = make_teacher(seed=3)
-    for parameter in teacher.backbone.parameters():
-        parameter.data = parameter.data.to(dtype)
-    seen: list[Tensor] = []
-
-    def pick(log_probs_BNV: Tensor, start: int) -> Tensor:
-        seen.append(log_probs_BNV)
-        return argmax(log_probs_BNV, start)
-
-    labels = torch.tensor([0, 1, 2])
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        ids = teacher.walk(labels, pick, Recipe())
-        forced = teacher.log_probs(ids, labels, Recipe())
-    exact = dtype == torch.float32 and not autocast
-    close = {"atol": 1e-4, "rtol": 1e-4} if exact else {"atol": 0.2, "rtol": 0.05}
-    torch.testing.assert_close(torch.cat(seen, 1), forced, **close)
-
-
-@pytest.fixture(scope="module")
-def caption_teacher() -> Teacher:
-    config = TransformerConfig(
-        vocab_size=32, width=32, depth=2, heads=2, tokens=L, num_classes=0, caption_width=12, caption_length=5
-    )
-    backbone = LlamaGenTransformer(config)
-    scramble(backbone, 4)
-    return Teacher(backbone, make_teacher().tokenizer, family="llamagen")
-
-
-def test_padding_of_a_caption_is_not_seen(caption_teacher: Teacher) -> None:
-    ids = torch.randint(32, (2, L), generator=seeded(1))
-    features = torch.randn(2, 5, 12, generator=seeded(2))
-    mask = torch.tensor([[0, 0, 1, 1, 1], [0, 1, 1, 1, 1]])
-    logits = caption_teacher.logits(ids, (features, mask))
-    assert logits.isfinite().all()
-    padding, words = features.clone(), features.clone()
-    padding[:, 0] += 1
-    words[:, 3] += 1
-    torch.testing.assert_close(caption_teacher.logits(ids, (padding, mask)), logits)
-    assert not torch.allclose(caption_teacher.logits(ids, (words, mask)), logits, atol=1e-3)
-    other = ids.clone()
-    other[:, 0] = (other[:, 0] + 1) % 32
-    difference = (caption_teacher.logits(other, (features, mask)) - logits).abs().amax((0, 2))
-    assert not difference[0] and difference[1:].min() > 1e-4, "image tokens see those before them"
-    ones = torch.ones_like(mask)
-    assert not torch.allclose(caption_teacher.logits(ids, (features, ones)), logits, atol=1e-3)
-
-
-def test_captions_are_cached_and_guided_as_uncached(caption_teacher: Teacher) -> None:
-    condition = torch.randn(2, 5, 12, generator=seeded(3)), torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
-    null = caption_teacher.backbone.unconditional(condition)
-    ids = torch.zeros(2, L, dtype=torch.int64)
-    for i in range(L):
-        cond, uncond = (caption_teacher.logits(ids, c)[:, i] for c in (condition, null))
-        ids[:, i] = (uncond + 3 * (cond - uncond)).argmax(-1)
-    assert torch.equal(caption_teacher.generate(condition, guidance_scale=3.0, top_k=1), ids)
-
-
-def test_a_condition_of_the_wrong_kind_is_refused(caption_teacher: Teacher, teacher: Teacher) -> None:
-    features, mask = torch.zeros(2, 5, 12), torch.ones(2, 5)
-    with pytest.raises(ValueError, match="takes class labels, not captions"):
-        teacher.generate((features, mask))
-    for wrong in ([0, 0], (features[:, :4], mask[:, :4]), (features[..., :3], mask), (features, mask[:1])):
-        with pytest.raises(ValueError, match="captions"):
-            caption_teacher.generate(wrong)
-
-
-def test_nothing_given_is_one_sample_without_condition(caption_teacher: Teacher, teacher: Teacher) -> None:
-    null = caption_teacher.backbone.null_labels(1)
-    assert torch.equal(caption_teacher.generate(None, top_k=1), caption_teacher.generate(null, top_k=1))
-    assert torch.equal(teacher.generate(None, top_k=1), teacher.generate(teacher.num_classes, top_k=1))
-    noise = torch.randn(2, L, C, generator=seeded(0))
-    assert torch.equal(resolve(teacher, noise, None), resolve(teacher, noise, teacher.num_classes))
-
-
-def test_no_caption_is_the_unconditional_embedding(caption_teacher: Teacher) -> None:
-    ids = torch.randint(32, (2, L), generator=seeded(1))
-    null = caption_teacher.backbone.cls_embedding.uncond_embedding.expand(2, -1, -1)
-    expected = caption_teacher.logits(ids, (null, torch.ones(2, 5)))
-    torch.testing.assert_close(caption_teacher.logits(ids, None), expected)
 
 
 # --- the tokenizer --------------------------------------------------------------------------------------------
