@@ -86,6 +86,14 @@ def in_turn(work: Callable[[T], R], pieces: Iterable[T]) -> Iterator[R]:
         yield from chain(*all_results)
 
 
+def any_of_all(flags: Tensor) -> bool:
+    """Whether one holds, in any process."""
+    found = flags.any().long()
+    if world() > 1:
+        distributed.all_reduce(found, distributed.ReduceOp.MAX)
+    return bool(found)
+
+
 # --- losses ---------------------------------------------------------------------------------------------------
 
 

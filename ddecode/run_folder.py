@@ -11,10 +11,12 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 
 from ddecode.checkpoint import save_tensors
 from ddecode.files import opened_aside, rename, write_aside
+from ddecode.processes import rank
+from ddecode.sharding import dealt, dealt_moments, kept, kept_moments
 
 SUMS = "SHA256SUMS"
 """As `sha256sum -c` reads it."""
@@ -40,18 +42,23 @@ class Checkpoint:
         return self.folder.exists()
 
     def save(self, step: int, identity: Mapping[str, Any], networks: Mapping[str, nn.Module], optimizer: Any) -> None:
-        """Write all; `networks` by the names of their files.
+        """Write all; `networks` by the names of their files. All processes must call it, as they may have a part each
+        of the tensors; the first one writes.
 
         Raises:
             OSError: the disk is full, say. The checkpoint is as it was then.
         """
+        weights = {name: kept(module.state_dict()) for name, module in networks.items()}
+        moments = kept_moments(optimizer)
+        if rank():
+            return
         aside = self.folder.with_name("checkpoint.new")
         shutil.rmtree(aside, ignore_errors=True)
         if self.old.exists():  # now, as there is not always room for three
             self.old.rename(aside)
             shutil.rmtree(aside)
         try:
-            self.fill(aside, step, identity, networks, optimizer)
+            self.fill(aside, step, identity, weights, moments)
         except BaseException:
             shutil.rmtree(aside, ignore_errors=True)
             raise
@@ -64,14 +71,14 @@ class Checkpoint:
         folder: Path,
         step: int,
         identity: Mapping[str, Any],
-        networks: Mapping[str, nn.Module],
-        optimizer: Any,
+        weights: Mapping[str, Mapping[str, Tensor]],
+        moments: Mapping[str, Any],
     ) -> None:
         folder.mkdir(parents=True)
-        for name, module in networks.items():
-            save_tensors(folder / f"{name}.safetensors", module.state_dict())
+        for name, tensors in weights.items():
+            save_tensors(folder / f"{name}.safetensors", tensors)
         with opened_aside(folder / OPTIMIZER) as stream:
-            torch.save(optimizer.state_dict(), stream)
+            torch.save(moments, stream)
         write_aside(folder / STATE, json.dumps({"step": step, "identity": identity}, indent=2).encode())
         sums = [f"{sha256(path)}  {path.name}\n" for path in sorted(folder.iterdir())]
         write_aside(folder / SUMS, "".join(sums).encode())
@@ -94,8 +101,9 @@ class Checkpoint:
         weights = {name: self.checked(f"{name}.safetensors") for name in networks}
         moments = self.checked(OPTIMIZER)
         for name, module in networks.items():
-            module.load_state_dict(load_file(weights[name]))
-        optimizer.load_state_dict(torch.load(moments, map_location="cpu", weights_only=True))
+            module.load_state_dict(dealt(load_file(weights[name]), module.state_dict()))
+        state_of_all = torch.load(moments, map_location="cpu", weights_only=True)
+        optimizer.load_state_dict(dealt_moments(state_of_all, optimizer))
         return state["step"]
 
     def checked(self, name: str) -> Path:

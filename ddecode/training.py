@@ -18,7 +18,8 @@ from typing import Any, Protocol
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
+from torch.distributed.fsdp import FSDPModule
 from tqdm import tqdm
 
 from ddecode.compilation import compile_blocks
@@ -27,6 +28,7 @@ from ddecode.processes import launch, rank, world
 from ddecode.randomness import StepGenerator, derived_seed
 from ddecode.reporters import opened_reports
 from ddecode.run_folder import Checkpoint, Log
+from ddecode.sharding import Sharded, fsdp_options, whole
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,9 +69,10 @@ class Objective(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.critics = nn.ModuleDict()
-        """Networks that are trained against the model, in the same backward pass; they are part of the checkpoint."""
+        """Networks that are trained against the model, in the same backward pass, and what else is to be part of the
+        checkpoint."""
         self.critic_lr: dict[str, float] = {}
-        """The learning rate of each, constant after the warm-up."""
+        """The learning rate of each that is trained, constant after the warm-up."""
 
     def realigns(self, step: int) -> bool:
         """Whether the model goes back to its EMA before this step."""
@@ -147,14 +150,16 @@ def train(
 
     model = objective.model.train()
     ema = copy.deepcopy(model).eval().requires_grad_(False).to(accelerator.device)
+    if config.compile:
+        compile_blocks(model)
+    options = fsdp_options() if distributed.is_initialized() else None
+    sharded = Sharded.made(objective.to(accelerator.device), ema, options) if options else None
     optimizer = torch.optim.AdamW(parameter_groups(objective, config), lr=config.lr, betas=config.betas)
     networks = {"model": model, "ema": ema} | ({"critics": objective.critics} if len(objective.critics) else {})
     begin = 0
     if resume and checkpoint.exists():
         begin = checkpoint.load(identity, networks, optimizer)
-    if config.compile:
-        compile_blocks(model)
-    wrapped, optimizer = accelerator.prepare(objective, optimizer)
+    wrapped, optimizer = (objective, optimizer) if sharded else accelerator.prepare(objective, optimizer)
     log = Log(run / "log.jsonl", begin) if main else None
     names = config.report_to if main and begin < config.steps else ()
     reporters = opened_reports(names, run, begin=begin, config=identity)
@@ -178,8 +183,9 @@ def train(
             # pictures and log first: what a checkpoint says is done will not be done again
             row: dict[str, Any] = {}
             shown = Shown()
-            if main and preview and config.preview_every and done % config.preview_every == 0:
-                shown = preview(ema, done)
+            if preview and config.preview_every and done % config.preview_every == 0:
+                with sharded.whole() if sharded else nullcontext():
+                    shown = preview(ema, done) if main else shown
                 row |= shown.metrics
             if logs:
                 bar.set_postfix(loss=f"{value:.3f}")
@@ -189,10 +195,13 @@ def train(
             if log is not None and row:
                 log.write({"step": done} | row)
             reports.write(done, row, shown.pictures)
-            if log is not None and saves:
-                log.sync()
+            if saves:
+                if log is not None:
+                    log.sync()
                 checkpoint.save(done, identity, networks, optimizer)
     accelerator.wait_for_everyone()
+    if sharded:
+        sharded.gather_average()
     return ema
 
 
@@ -202,13 +211,14 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
     Raises:
         ValueError: they ask for what is not there, or the batch does not divide over processes and parts.
     """
-    for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):  # accelerate passes them over on a CPU, without a word
+    for name in ("DEEPSPEED", "MEGATRON_LM"):  # accelerate passes them over on a CPU, without a word
         if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true":
-            raise ValueError(f"{name} is not supported: each process holds the whole student; launch without it")
+            raise ValueError(f"{name} is not supported: launch without it, or with FSDP")
+    options = fsdp_options()
     launch()
     # terms that begin late, or are off, leave parameters without a gradient
     unused = DistributedDataParallelKwargs(find_unused_parameters=True)
-    accelerator = Accelerator(kwargs_handlers=[unused])
+    accelerator = Accelerator(fsdp_plugin=options, kwargs_handlers=[unused])
     if accelerator.mixed_precision not in ("no", "bf16"):
         raise ValueError(f"mixed precision {accelerator.mixed_precision} is not supported: choose bf16 or no")
     parts = accelerator.gradient_accumulation_steps
@@ -238,8 +248,9 @@ def optimise(
         group["lr"] = constant if group["critic"] else learning_rate(config, step)
     seen: list[dict[str, Tensor]] = []
     parts = accelerator.gradient_accumulation_steps
+    adds_up = not isinstance(objective, FSDPModule)  # sharded gradients of a part join those of all before it at once
     for part in range(parts):
-        with accelerator.no_sync(objective) if part < parts - 1 else nullcontext():
+        with accelerator.no_sync(objective) if adds_up and part < parts - 1 else nullcontext():
             loss, metrics = look(objective, samples, config, step, part, accelerator)
             accelerator.backward(loss)
         seen.append({"loss": loss.detach()} | metrics)
@@ -250,7 +261,7 @@ def optimise(
         parameters = [p for group in groups for p in group if p.grad is not None]
         if parameters:
             clipped = accelerator.clip_grad_norm_(parameters, config.clip_norm)
-            norm = norm if critic else float(clipped)
+            norm = norm if critic else float(whole(clipped))
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return mean.pop("loss"), mean, norm
@@ -286,7 +297,7 @@ def parameter_groups(objective: Objective, config: TrainingConfig) -> list[dict[
         {"params": matrices, "weight_decay": config.weight_decay, "critic": False, "peak_lr": config.lr},
         {"params": vectors, "weight_decay": 0.0, "critic": False, "peak_lr": config.lr},
     ]
-    for name, critic in objective.critics.items():
-        rate = objective.critic_lr[name]
-        groups.append({"params": list(critic.parameters()), "weight_decay": 0.0, "critic": True, "peak_lr": rate})
+    for name, rate in objective.critic_lr.items():
+        parameters = list(objective.critics[name].parameters())
+        groups.append({"params": parameters, "weight_decay": 0.0, "critic": True, "peak_lr": rate})
     return groups

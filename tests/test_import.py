@@ -11,6 +11,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = """
 import builtins, hashlib, json, logging, os, random, signal, sys, warnings
 import accelerate, einops, huggingface_hub, numpy, PIL.Image, safetensors.torch, scipy, torch, tqdm, yaml
+import torch.distributed.fsdp
 
 def state():
     return {

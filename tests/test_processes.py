@@ -22,6 +22,9 @@ LAUNCH = [
     "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
     "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0",
 ]  # fmt: skip
+SHORT = ["training.steps=4", "objective.score.tuning=null"]
+FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+"""What `accelerate launch --use_fsdp --fsdp_version 2` sets beside `--multi_gpu`."""
 
 
 def commands(work: Path, out: Path, student: Path) -> list[tuple[dict[str, str], list[str]]]:
@@ -31,7 +34,7 @@ def commands(work: Path, out: Path, student: Path) -> list[tuple[dict[str, str],
     return [
         ({}, ["pairs", *recipe, "--out", f"{out}/pairs", "pairs.num=40"]),
         ({ACCUMULATION: "1"}, [*distill, "--out", f"{out}/run"]),
-        ({ACCUMULATION: "2"}, [*distill, "--out", f"{out}/parts", "training.steps=4", "objective.score.tuning=null"]),
+        ({ACCUMULATION: "2"}, [*distill, "--out", f"{out}/parts", *SHORT]),
         ({}, ["sample", str(student), "--steps", "2", "--num", "18", "--batch", "4", "--out", f"{out}/samples"]),
         ({}, ["eval", str(student), "--num", "24", "--batch", "8", "--steps", "2", "--json", f"{out}/eval.json"]),
     ]
@@ -54,20 +57,26 @@ def test_two_processes_make_what_one_does(tmp_path: Path) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
     student = one / "run" / "model"
     start([], commands(tmp_path, one, student), tmp_path / "one.json")
-    start(LAUNCH, commands(tmp_path, two, student), tmp_path / "two.json")
+    recipe = ["--config", f"{tmp_path}/recipe.yaml", "--pairs", f"{two}/pairs"]
+    sharded = ({ACCUMULATION: "2"} | FSDP, ["distill", *recipe, "--out", f"{two}/sharded", *SHORT])
+    start(LAUNCH, [*commands(tmp_path, two, student), sharded], tmp_path / "two.json")
 
     for folder in ("pairs", "samples"):
         assert tree_of(one / folder) == tree_of(two / folder) and len(tree_of(one / folder)) >= 4
     assert (one / "eval.json").read_bytes() == (two / "eval.json").read_bytes()
     assert not (two / "eval.json.blocks").exists()
-    for run, metric in (("run", "energy"), ("run", "score_gap"), ("run/tuning", "velocity_error"), ("parts", "energy")):
-        ours, theirs = losses(one / run), losses(two / run)
+    for run, metric, other in (
+        ("run", "energy", "run"), ("run", "score_gap", "run"), ("run/tuning", "velocity_error", "run/tuning"),
+        ("parts", "energy", "parts"), ("parts", "verdict_student", "sharded"),
+    ):  # fmt: skip
+        ours, theirs = losses(one / run), losses(two / other)
         assert any(metric in row for row in ours)
         for a, b in zip(ours, theirs, strict=True):
             assert a.keys() == b.keys() and (a.pop("grad_norm") is None) == (b.pop("grad_norm") is None)
             for key in a.keys() - {"seconds"}:  # vectors are logged to four digits
                 assert b[key] == pytest.approx(a[key], rel=2e-3 if key.endswith(("_K", "_L")) else 1e-4, abs=1e-5), key
-    assert sorted(tree_of(one / "run")) == sorted(tree_of(two / "run"))
+    for run, other in (("run", "run"), ("parts", "sharded")):
+        assert sorted(tree_of(one / run)) == sorted(tree_of(two / other))
 
 
 def test_alone_a_process_does_everything() -> None:

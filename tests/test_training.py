@@ -220,7 +220,7 @@ def test_accelerates_bf16_is_the_recipes(tmp_path: Path, launched: Callable[...,
 
 @pytest.mark.parametrize(
     ("variable", "value", "message"),
-    [("USE_FSDP", "true", "FSDP is not supported"), ("MIXED_PRECISION", "fp16", "choose bf16 or no"),
+    [("USE_FSDP", "true", "FSDP of version 1 is not supported"), ("MIXED_PRECISION", "fp16", "choose bf16 or no"),
      ("GRADIENT_ACCUMULATION_STEPS", "3", r"batch 4 does not divide over 1 processes and 3 steps of gradient acc")],
 )  # fmt: skip
 def test_what_training_does_not_do_is_refused(
