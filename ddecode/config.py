@@ -213,6 +213,25 @@ class ScoreConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MatchingConfig:
+    """The token-matching term (`ddecode.objectives.matching`)."""
+
+    weight: Weight = 0.0
+    """Before it begins the guidance network learns alone, which it needs a little of."""
+    lr: float = 5e-4
+    """Of the guidance network, constant after the warm-up."""
+    temperature: float = 1.0
+    """Of the student's weights over codes: 1 for a student that drafts, lower for one that takes the argmax."""
+    clip: float = 3.0
+    """Bound on the log-ratio of the guidance network's probabilities to the teacher's."""
+
+    def __post_init__(self) -> None:
+        check_weight("objective.matching.weight", self.weight)
+        for name in ("lr", "temperature", "clip"):
+            check_above(f"objective.matching.{name}", getattr(self, name))
+
+
+@dataclass(frozen=True, kw_only=True)
 class ObjectiveConfig:
     """The terms that train a student; a weight of 0 leaves a term out."""
 
@@ -234,15 +253,19 @@ class ObjectiveConfig:
     """Perceptual distance of the decoded output to the decoded tokens."""
     energy: Weight = 0.0
     """Energy distance between the features of a batch of outputs and of the teacher's."""
+    energy_memory: tuple[int, int] = (0, 0)
+    """Earlier batches of the teacher's features, and of the student's, that the energy distance sets a batch against as
+    well, for less noise. The student's grow stale: a few."""
     adversarial: AdversarialConfig = field(default_factory=AdversarialConfig)
     score: ScoreConfig = field(default_factory=ScoreConfig)
+    matching: MatchingConfig = field(default_factory=MatchingConfig)
     own_prefix: Weight = 0.0
-    """Share of the image and score terms' samples that, where they start from resolved tokens, start from the student's
-    own first pass instead of the teacher's tokens, as sampling in two steps does."""
+    """Share of the image, score and matching terms' samples that, where they start from resolved tokens, start from the
+    student's own first pass instead of the teacher's tokens, as sampling in two steps does."""
     features: str = "fashion-perceptual"
     """Feature network of the image terms: a bundled one's name, or a folder."""
     image_batch: int = 64
-    """Samples of a batch whose output the image and score terms see."""
+    """Samples of a batch whose output the image, score and matching terms see."""
 
     def __post_init__(self) -> None:
         for name in ("logits", "drafts", "embeddings", "perceptual", "energy", "own_prefix"):
@@ -251,6 +274,10 @@ class ObjectiveConfig:
             raise ValueError(f"objective.own_prefix must be a share of at most 1, got {self.own_prefix}")
         check_weight("objective.cache_gib", self.cache_gib)
         check_whole("objective.image_batch", self.image_batch, 2)
+        if len(self.energy_memory) != 2:
+            raise ValueError(f"objective.energy_memory must be two numbers, got {list(self.energy_memory)}")
+        for batches in self.energy_memory:
+            check_whole("objective.energy_memory", batches, 0)
 
     @property
     def uses_teacher_probabilities(self) -> bool:
@@ -288,6 +315,8 @@ class DistillConfig:
                 "a student with student.diffusion_head has no logits: set objective.logits to 0; objective.embeddings "
                 "regresses its vectors"
             )
+        if self.student.diffusion_head is not None and self.objective.matching.weight:
+            raise ValueError("objective.matching is for students with logits, not for student.diffusion_head")
         if self.student.initial == "tuning" and not (self.objective.score.weight and self.objective.score.tuning):
             raise ValueError("student.initial: tuning needs objective.score with a weight and tuning, which trains it")
 

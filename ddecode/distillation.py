@@ -10,12 +10,14 @@ from pathlib import Path
 from torch import nn
 
 from ddecode.checkpoint import RECIPE, ModelFolder, save_model
+from ddecode.compilation import compile_blocks
 from ddecode.config import DistillConfig, ScoreConfig, as_dict, as_yaml
 from ddecode.dd2_student import HEAD_DEPTH, DD2Student
 from ddecode.evaluation.features import features_folder, load_features
 from ddecode.files import write_aside
 from ddecode.labelled_images import LabelledImages
 from ddecode.locks import held
+from ddecode.objectives.matching import TokenGuidance, TokenMatching
 from ddecode.objectives.positives import Positives, encode_images, read_positives
 from ddecode.objectives.score import ARDiffusion, ScoreTerm, TuningObjective
 from ddecode.objectives.student import StudentObjective
@@ -176,8 +178,16 @@ def distill_alone(config: DistillConfig, pairs_folder: Path, run: Path, *, resum
         if config.student.initial == "tuning":
             assert isinstance(student, DD2Student)
             student.initialize_from_tuned(module(score.guidance.backbone), score.guidance.head)
+    matching = None
+    if (term := objective.matching).weight:
+        guidance = TokenGuidance.from_teacher(teacher, passes=len(student.starts))
+        if config.training.compile:
+            compile_blocks(guidance)
+        matching = TokenMatching(teacher, guidance, temperature=term.temperature, clip=term.clip)
     with fresh_weights(config.training.seed):
-        weighted = StudentObjective(student, objective, features=features, score=score, positives=positives)
+        weighted = StudentObjective(
+            student, objective, features=features, score=score, matching=matching, positives=positives
+        )
     samples: Samples = pairs
     if objective.uses_teacher_probabilities:
         samples = ForcedPairs(pairs, teacher, precision=config.training.precision, cache_gib=objective.cache_gib)

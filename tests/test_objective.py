@@ -1,4 +1,4 @@
-"""DD1's objective: its terms and weights, where its gradients go, and the distance between distributions."""
+"""DD1's objective: its terms and weights, and where its gradients go."""
 
 from typing import Any
 
@@ -11,7 +11,6 @@ from torch.nn import functional as F
 from ddecode.config import ObjectiveConfig
 from ddecode.evaluation.features import FeatureNetwork, perceptual_distance
 from ddecode.flow import noise_to_tokens
-from ddecode.objectives.energy import energy_distance, standardise
 from ddecode.objectives.student import StudentObjective, by_step
 from ddecode.student import Student
 from ddecode.teacher import Teacher
@@ -169,57 +168,6 @@ def test_starts_are_drawn_from_the_generator_alone(teacher: Teacher) -> None:
     objective = StudentObjective(make_student(teacher, starts=(0, 4, 9)), ObjectiveConfig())
     losses = [loss_of(objective, seed=seed)[0].item() for seed in (0, 0, 1)]
     assert losses[0] == losses[1] != losses[2]
-
-
-def draw(count: int, seed: int, shift: float = 0.0, scale: float = 1.0) -> Tensor:
-    return shift + scale * torch.randn(count, 5, generator=seeded(seed))
-
-
-def full_energy(ours: Tensor, theirs: Tensor, labels: Tensor) -> float:
-    """With the constant E|y - y'| put back: 0 in expectation for equal distributions."""
-    constant = (torch.cdist(theirs, theirs) * off_diagonal(labels)).sum() / off_diagonal(labels).sum()
-    return (energy_distance(ours, theirs, labels) - constant).item()
-
-
-def off_diagonal(labels: Tensor) -> Tensor:
-    return ((labels[:, None] == labels) & ~torch.eye(len(labels), dtype=torch.bool)).float()
-
-
-def test_energy_distance_is_unbiased_and_tells_distributions_apart() -> None:
-    labels = torch.arange(24) % 3
-    by_class = labels[:, None].float() * 3
-    equal = torch.tensor(
-        [full_energy(draw(24, s) + by_class, draw(24, 900 + s) + by_class, labels) for s in range(150)]
-    )
-    error = (equal.std() / len(equal) ** 0.5).item()
-    assert abs(equal.mean().item()) < 3.5 * error
-    for change in ({"shift": 0.5}, {"scale": 0.5}, {"scale": 1.7}):
-        other = [full_energy(draw(24, s, **change) + by_class, draw(24, 900 + s) + by_class, labels) for s in range(60)]
-        assert sum(other) / 60 > 10 * error, change
-
-
-def test_energy_distance_is_its_formula_and_leaves_other_classes_and_the_own_pair_out() -> None:
-    ours, theirs, labels = draw(6, 0), draw(6, 1), torch.tensor([0, 1, 0, 1, 0, 2])
-    pairs = [(i, j) for i in range(6) for j in range(6) if i != j and labels[i] == labels[j]]
-    across = sum((ours[i] - theirs[j]).norm() for i, j in pairs) / len(pairs)
-    within = sum((ours[i] - ours[j]).norm() for i, j in pairs) / len(pairs)
-    torch.testing.assert_close(energy_distance(ours, theirs, labels), 2 * across - within)
-
-
-def test_energy_distance_has_finite_gradients_at_equal_samples() -> None:
-    ours = torch.zeros(4, 5, requires_grad=True)
-    energy_distance(ours, torch.zeros(4, 5), torch.zeros(4)).backward()
-    assert ours.grad is not None and ours.grad.isfinite().all()
-
-
-def test_energy_distance_of_classes_with_one_sample_each_is_zero() -> None:
-    assert energy_distance(draw(3, 0), draw(3, 1), torch.arange(3)).item() == 0
-
-
-def test_standardise_measures_in_spreads_of_the_second() -> None:
-    ours, theirs = standardise(draw(50, 0) * 10, draw(50, 1) * torch.tensor([1.0, 10, 100, 1000, 1e4]))
-    torch.testing.assert_close(theirs.std(0) * 5**0.5, torch.ones(5), atol=2e-3, rtol=0)
-    assert ours[:, 4].abs().max() < 0.1
 
 
 def test_probabilities_as_targets_are_the_mean_over_tokens(teacher: Teacher) -> None:

@@ -32,6 +32,7 @@ SCORE = (
     "objective.score.tuning={steps: 100, batch: 128, lr: 1.0e-3, warmup_steps: 20, precision: bf16, compile: true}",
 )  # fmt: skip
 ADVERSARIAL = ("objective.adversarial.weight=0.3",)
+MATCHING = ("objective.matching={weight: {0.1: 1.0}, temperature: 0.5}",)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +72,9 @@ ABLATIONS = {
     "all": Ablation(
         title="DD1 + score + adversarial", overrides=(*SCORE, *ADVERSARIAL, *IMAGES, "training.steps=100"),
         begins_from="dd1",
+    ),
+    "dd1-matching": Ablation(
+        title="DD1 + matching among tokens", overrides=(*MATCHING, *IMAGES, "training.steps=240"), begins_from="dd1"
     ),
     "fresh": Ablation(title="DD1, fresh noise", overrides=("objective.fresh_noise=true", "objective.cache_gib=4")),
     "energy": Ablation(

@@ -50,6 +50,7 @@ RECIPE = {
     "objective": {  # all kinds of terms, each from a step of its own
         "embeddings": {0.0: 0.5, 0.5: 0.0}, "perceptual": {0.25: 0.1}, "energy": {0.25: 1.0}, "own_prefix": 0.5,
         "adversarial": {"weight": {0.5: 0.1}, "width": 8}, "image_batch": 4,
+        "energy_memory": (2, 1), "matching": {"weight": {0.2: 1.0}},
         "score": {
             "weight": {0.3: 1.0}, "updates": 2, "align_every": 4, "align_steps": 1,
             "tuning": {"steps": 4, "batch": 4, "lr": 1e-3, "warmup_steps": 1, "log_every": 1, "save_every": 2},

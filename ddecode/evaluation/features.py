@@ -77,6 +77,11 @@ class FeatureNetwork(nn.Module):
         self.stages = nn.ModuleList(stages)
         self.head = nn.Linear(before, num_classes)
 
+    @property
+    def descriptor_width(self) -> int:
+        """F' of `FeatureMaps.descriptors`."""
+        return 4 * sum(self.widths) + self.widths[-1]
+
     def forward(self, images_B3HW: Tensor) -> FeatureMaps:
         """images_B3HW: fp32 in [-1, 1]."""
         stages, h = [], images_B3HW

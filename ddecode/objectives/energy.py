@@ -1,10 +1,13 @@
 """The energy distance between batches of images: a term that sees the distribution, without a network to train.
 
-B batch, F feature width.
+B batch, N remembered samples, F feature width.
 """
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+LEAST_SPREAD = 0.1
+"""Of the spread within classes over that of all, for `RememberedEnergy`."""
 
 
 def energy_distance(ours_BF: Tensor, theirs_BF: Tensor, labels_B: Tensor) -> Tensor:
@@ -26,3 +29,85 @@ def standardise(ours_BF: Tensor, theirs_BF: Tensor) -> tuple[Tensor, Tensor]:
     """Divide both by the spread of the second in each feature, and by the root of the feature count."""
     scale_F = (theirs_BF.std(0) + 1e-3) * theirs_BF.shape[1] ** 0.5
     return ours_BF / scale_F, theirs_BF / scale_F
+
+
+class Memory(nn.Module):
+    """The last N samples' features with their labels; empty places have the label -1.
+
+    Its buffers are part of a checkpoint.
+    """
+
+    def __init__(self, samples: int, width: int) -> None:
+        super().__init__()
+        self.register_buffer("features_NF", torch.zeros(samples, width))
+        self.register_buffer("labels_N", torch.full((samples,), -1))
+        self.register_buffer("place", torch.zeros((), dtype=torch.int64))
+        self.features_NF: Tensor
+        self.labels_N: Tensor
+        self.place: Tensor
+
+    def add(self, features_BF: Tensor, labels_B: Tensor) -> None:
+        """Put them in the place of the oldest."""
+        if not (samples := len(self.labels_N)):
+            return
+        features_BF, labels_B = features_BF[-samples:], labels_B[-samples:]
+        at_B = (self.place + torch.arange(len(labels_B), device=labels_B.device)) % samples
+        self.features_NF[at_B] = features_BF.detach().float()
+        self.labels_N[at_B] = labels_B
+        self.place.copy_((self.place + len(labels_B)) % samples)
+
+
+class RememberedEnergy(nn.Module):
+    """`energy_distance` of a batch with what came before it: the same expectation under less noise.
+
+    The batch's own samples are set against the teacher's of many batches, which stay true, and against the student's of
+    a few, which were made by nearly the same weights. Features are divided by their spread within the classes.
+
+    Args:
+        width: F.
+        theirs: samples of the teacher to remember.
+        ours: samples of the student to remember.
+    """
+
+    def __init__(self, width: int, *, theirs: int, ours: int) -> None:
+        super().__init__()
+        self.theirs, self.ours = Memory(theirs, width), Memory(ours, width)
+
+    def forward(self, ours_BF: Tensor, theirs_BF: Tensor, labels_B: Tensor) -> Tensor:
+        """2 E|x - y| - E|x - x'|, with the gradient on the batch's x of all of it; then the batch is remembered.
+
+        Sample i of both may come from the same noise: that pair is left out, as in `energy_distance`.
+        """
+        with torch.autocast(ours_BF.device.type, enabled=False):
+            ours_BF, theirs_BF = ours_BF.float(), theirs_BF.detach().float()
+            target_NF = torch.cat([theirs_BF, self.theirs.features_NF])
+            target_N = torch.cat([labels_B, self.theirs.labels_N])
+            # a class of one sample has no spread: what the batch has in all bounds it from below
+            spread_F = spread_within(target_NF, target_N).clamp(min=LEAST_SPREAD * theirs_BF.std(0, correction=0))
+            scale_F = (spread_F + 1e-3) * ours_BF.shape[1] ** 0.5
+            other_NF = torch.cat([ours_BF.detach(), self.ours.features_NF])
+            other_N = torch.cat([labels_B, self.ours.labels_N])
+            across = mean_distance(ours_BF / scale_F, target_NF / scale_F, labels_B, target_N)
+            within = mean_distance(ours_BF / scale_F, other_NF / scale_F, labels_B, other_N)
+        self.theirs.add(theirs_BF, labels_B)
+        self.ours.add(ours_BF, labels_B)
+        # x' is held fixed, so each pair's pull on its other end is made up for; the value stays the distance's
+        return 2 * (across - within) + within.detach()
+
+
+def spread_within(features_NF: Tensor, labels_N: Tensor) -> Tensor:
+    """Root mean square deviation from the class means, [F]; label -1 does not count."""
+    features_NF, labels_N = features_NF[labels_N >= 0], labels_N[labels_N >= 0]
+    _, class_N = labels_N.unique(return_inverse=True)
+    sums = features_NF.new_zeros(int(class_N.max()) + 1, features_NF.shape[1]).index_add_(0, class_N, features_NF)
+    means = sums / class_N.bincount()[:, None]
+    return (features_NF - means[class_N]).square().mean(0).sqrt()
+
+
+def mean_distance(ours_BF: Tensor, others_NF: Tensor, labels_B: Tensor, labels_N: Tensor) -> Tensor:
+    """Mean distance over pairs of one label; ours' i-th to the others' i-th does not count."""
+    same_BN = labels_B[:, None] == labels_N[None]
+    same_BN[:, : len(labels_B)].fill_diagonal_(False)
+    squared_BN = ours_BF.square().sum(-1)[:, None] + others_NF.square().sum(-1)[None] - 2 * ours_BF @ others_NF.T
+    # the root has no gradient at zero
+    return (squared_BN.clamp(min=1e-6).sqrt() * same_BN).sum() / same_BN.sum().clamp(min=1)

@@ -1,10 +1,11 @@
 """What a student is trained with: a weighted sum of terms, each with its weight in the recipe.
 
 DD1 regresses the noise-token pairs (arXiv 2412.17153, section 3.2): cross-entropy of the logits, and on what the
-student would emit, decoded to images, a perceptual distance to the teacher's image. Beyond the pairs three terms see
+student would emit, decoded to images, a perceptual distance to the teacher's image. Beyond the pairs four terms see
 distributions: the energy distance of a batch's image features (`energy`), a discriminator (`adversarial`), and the
-difference between the teacher's conditional scores and the student's own (`score`, DD2). Pairs beside one of these
-are the regression anchor of distribution matching distillation (arXiv 2311.18828).
+difference between the teacher's conditional distributions and the student's own, as scores (`score`, DD2) or as
+probabilities of tokens (`matching`). Pairs beside one of these are the regression anchor of distribution matching
+distillation (arXiv 2311.18828).
 
 B batch, L token positions, K autoregressive steps, C code width, F feature width.
 """
@@ -15,14 +16,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ddecode.codebook import nearest_code
 from ddecode.config import ObjectiveConfig, weight_at
 from ddecode.evaluation.features import FeatureMaps, FeatureNetwork, perceptual_gap
 from ddecode.flow import flow_grid, tokens_to_noise
 from ddecode.objectives.adversarial import Discriminator, adversarial_losses
-from ddecode.objectives.energy import energy_distance, standardise
+from ddecode.objectives.energy import RememberedEnergy, energy_distance, standardise
+from ddecode.objectives.matching import TokenMatching
 from ddecode.objectives.positives import Positives
 from ddecode.objectives.score import ScoreTerm, mean_where
-from ddecode.processes import mean_of_all, of_all, world
+from ddecode.processes import any_of_all, mean_of_all, of_all, world
 from ddecode.randomness import draw
 from ddecode.student import Student
 from ddecode.training import Objective
@@ -41,6 +44,7 @@ class StudentObjective(Objective):
         config: the terms and their weights.
         features: frozen network of the image terms; needed where one of their weights is not 0.
         score: the score term; needed where its weight is not 0. Its guidance network is trained.
+        matching: the token-matching term; needed where its weight is not 0. Its guidance network is trained.
         positives: real images for the adversarial term; None takes the teacher's.
     """
 
@@ -51,15 +55,19 @@ class StudentObjective(Objective):
         *,
         features: FeatureNetwork | None = None,
         score: ScoreTerm | None = None,
+        matching: TokenMatching | None = None,
         positives: Positives | None = None,
     ) -> None:
         super().__init__()
         self.model: Student = student
-        self.features, self.config, self.score, self.positives = features, config, score, positives
+        self.features, self.config, self.positives = features, config, positives
+        self.score, self.matching = score, matching
         if config.uses_images and features is None:
             raise ValueError("objective.perceptual, energy and adversarial need a feature network")
         if config.score.weight and score is None:
             raise ValueError("objective.score needs a score term")
+        if config.matching.weight and matching is None:
+            raise ValueError("objective.matching needs a matching term")
         if config.adversarial.weight:
             assert features is not None
             discriminator = Discriminator(features.widths, student.num_classes, width=config.adversarial.width)
@@ -69,11 +77,22 @@ class StudentObjective(Objective):
             assert score is not None
             self.critics["guidance"] = score.guidance
             self.critic_lr["guidance"] = config.score.lr
+        if config.matching.weight:
+            assert matching is not None
+            self.critics["token_guidance"] = matching.guidance
+            self.critic_lr["token_guidance"] = config.matching.lr
+        if config.energy and any(config.energy_memory):
+            assert features is not None
+            theirs, ours = (batches * config.image_batch for batches in config.energy_memory)
+            remembered = RememberedEnergy(features.descriptor_width, theirs=theirs, ours=ours)
+            self.critics["energy"] = remembered.to(student.device)
         if config.image_batch % world():
             raise ValueError(f"objective.image_batch {config.image_batch} does not divide over {world()} processes")
         self.few = slice(config.image_batch // world())
         """This process's share of the samples whose output is seen."""
         self.starts = torch.tensor(student.starts)
+        self.told_L = torch.arange(student.length) < getattr(student, "split", student.length)
+        """The positions that are emitted as tokens."""
         self.grid = flow_grid(student.codebook_VC, REDRAWING_STEPS)
 
     def realigns(self, step: int) -> bool:
@@ -100,26 +119,24 @@ class StudentObjective(Objective):
             noise_BLC = tokens_to_noise(ids_BL, log_probs_BLV, student.codebook_VC, generator, grid=self.grid)
         target_BLV = log_probs_BLV if config.targets == "probabilities" else None
         codes_BLC = F.embedding(ids_BL, student.codebook_VC)
-        chosen_B = draw(partial(torch.randint, len(self.starts)), (batch,), generator)
-        start_B = self.starts[chosen_B].to(ids_BL.device)
+        chosen_B = draw(partial(torch.randint, len(self.starts)), (batch,), generator).to(ids_BL.device)
+        start_B = self.starts.to(ids_BL.device)[chosen_B]
         open_BL = torch.arange(length, device=ids_BL.device) >= start_B[:, None]
         sees_images = any(self.image_weights(progress))
-        few = self.few if sees_images or scored else slice(0)
+        matched = weight_at(config.matching.weight, progress)
+        guided = bool(config.matching.weight)  # before the term begins its guidance network learns alone
+        few = self.few if sees_images or scored or guided else slice(0)
 
         share = weight_at(config.own_prefix, progress)
         own_B = torch.zeros_like(start_B, dtype=torch.bool)
         own_B[few] = (draw(torch.rand, (batch,), generator).to(start_B.device) < share)[few] & (start_B[few] > 0)
-        prefix_BLC = codes_BLC
-        if bool(own_B.any()):
-            first_pass = student.emit(noise_BLC[own_B], labels_B[own_B], 0, length)
-            prefix_BLC = codes_BLC.clone()
-            prefix_BLC[own_B] = first_pass.to(codes_BLC.dtype)
+        prefix_BLC = self.first_pass(codes_BLC, noise_BLC, labels_B, own_B) if share else codes_BLC
         sequence_BLC = torch.where(open_BL[..., None], noise_BLC, prefix_BLC)
         prediction = student(sequence_BLC, labels_B, start_B)
 
         # the pair's tokens follow from the teacher's prefix, not from the student's own
         loss, metrics = self.regression(prediction, ids_BL, codes_BLC, open_BL & ~own_B[:, None], progress, target_BLV)
-        if not (sees_images or scored):
+        if not (sees_images or scored or guided):
             return loss, metrics
         seen = Prediction(embeddings_BLC=prediction.embeddings_BLC[few], logits_BLV=prediction.logits_BLV[few])
         emitted_BLC = student.emitted(seen, sequence_BLC[few])
@@ -130,6 +147,16 @@ class StudentObjective(Objective):
             )
             loss = loss + terms
             metrics |= seen_metrics
+        if guided:
+            assert self.matching is not None
+            emitted_ids_BL = nearest_code(emitted_BLC.detach(), student.codebook_VC)
+            alone_B = own_B | (start_B == 0)  # nothing of these is the teacher's
+            counted_BL = (open_BL & alone_B[:, None] & self.told_L.to(ids_BL.device))[few]
+            push, error, matches = self.matching(
+                seen.logits_BLV, emitted_ids_BL, labels_B[few], counted_BL, chosen_B[few]
+            )
+            loss = loss + matched * push + error
+            metrics |= matches
         if scored:
             assert self.score is not None
             gap, gaps = self.score.student_loss(emitted_BLC, labels_B[few], open_BL[few], generator)
@@ -137,6 +164,13 @@ class StudentObjective(Objective):
             loss = loss + scored * gap + error
             metrics |= gaps | errors
         return loss, metrics
+
+    def first_pass(self, codes_BLC: Tensor, noise_BLC: Tensor, labels_B: Tensor, own_B: Tensor) -> Tensor:
+        """The codes, in `own_B` the student's own of one pass from noise."""
+        if not any_of_all(own_B):  # of none here, say: where weights are sharded, all must make a pass
+            return codes_BLC
+        emitted = self.model.emit(noise_BLC[own_B], labels_B[own_B], 0, noise_BLC.shape[1])
+        return codes_BLC.masked_scatter(own_B[:, None, None], emitted.to(codes_BLC.dtype))
 
     def regression(
         self,
@@ -206,8 +240,11 @@ class StudentObjective(Objective):
         loss, metrics = emitted_BLC.new_zeros(()), Metrics()
         if perceptual or energy:
             gap = mean_of_all(perceptual_gap(ours, theirs)[~own_B].sum(), (~own_B).sum())
-            ours_BF, theirs_BF = standardise(of_all(ours.descriptors()), of_all(theirs.descriptors()))
-            distance = energy_distance(ours_BF, theirs_BF, of_all(labels_B))
+            described = of_all(ours.descriptors()), of_all(theirs.descriptors())
+            if "energy" in self.critics:
+                distance = self.critics["energy"](*described, of_all(labels_B))
+            else:
+                distance = energy_distance(*standardise(*described), of_all(labels_B))
             loss = loss + perceptual * gap + energy * distance
             metrics |= {"perceptual": gap.detach(), "energy": distance.detach()}
         if adversarial:
