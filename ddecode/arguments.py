@@ -148,3 +148,10 @@ def check_labels(class_labels: Labels, batch: int | None, num_classes: int, devi
     if batch is not None and len(labels) != batch:
         raise ValueError(f"{len(labels)} class labels for a batch of {batch}")
     return labels.to(device=device, dtype=torch.int64)
+
+
+def check_above(name: str, value: float) -> None:
+    """Raises ValueError: it is not finite or not above 0."""
+    check_finite(name, value)
+    if not value > 0:
+        raise ValueError(f"{name} must be above 0, got {value}")

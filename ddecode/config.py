@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from ddecode.arguments import LARGEST_SEED, check_finite, check_whole, shown
+from ddecode.arguments import LARGEST_SEED, check_above, check_finite, check_whole, shown
 from ddecode.teacher import Recipe
+from ddecode.weight import Weight, check_weight
 from ddecode.yaml_text import as_text, parse_yaml, read_yaml
 
 T = TypeVar("T")
@@ -118,35 +119,6 @@ class StudentConfig:
             raise ValueError(f"student.joins must be 0 or one of student.drafts, got {self.joins}")
         if self.initial == "tuning" and (self.diffusion_head is None or self.depth is not None):
             raise ValueError("student.initial: tuning is for a student with diffusion_head and all layers")
-
-
-Weight = float | dict[float, float]
-"""A number, or by the share of the run done the number that holds from there on: {0.5: 1.0} is 0 in the first half."""
-
-
-def weight_at(weight: Weight, progress: float) -> float:
-    """The number that holds after a share `progress` of the run."""
-    if not isinstance(weight, dict):
-        return weight
-    begun = [share for share in weight if share <= progress]
-    return weight[max(begun)] if begun else 0.0
-
-
-def check_weight(name: str, weight: Weight) -> None:
-    """Raises ValueError: a weight is negative or infinite, or holds from a share of the run that it does not have."""
-    for value in weight.values() if isinstance(weight, dict) else [weight]:
-        check_finite(name, value)
-        if value < 0:
-            raise ValueError(f"{name} must be at least 0, got {weight}")
-    if isinstance(weight, dict) and not (weight and all(0 <= share < 1 for share in weight)):
-        raise ValueError(f"{name}: shares of the run must lie in [0, 1), got {list(weight)}")
-
-
-def check_above(name: str, value: float) -> None:
-    """Raises ValueError: it is not finite or not above 0."""
-    check_finite(name, value)
-    if not value > 0:
-        raise ValueError(f"{name} must be above 0, got {value}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -55,7 +55,6 @@ def short_recipe(config: DistillConfig, size: DemoSize) -> DistillConfig:
         config.training,
         steps=size.steps,
         batch=size.batch,
-        lr=1e-3,  # recipes of students that refine others have less
         warmup_steps=min(20, size.steps),
         ema_decay=0.98,
         compile=False,  # so few steps would not earn the compiler's time back
@@ -65,7 +64,7 @@ def short_recipe(config: DistillConfig, size: DemoSize) -> DistillConfig:
     )
     pairs = dataclasses.replace(config.pairs, num=size.pairs, shard_size=1024)
     # from so few pairs and steps only the logit head gets anywhere, so every position is emitted as a token
-    objective = ObjectiveConfig(drafts=config.objective.drafts)
+    objective = ObjectiveConfig(logits=config.objective.logits, drafts=config.objective.drafts)
     student = dataclasses.replace(config.student, split=None, initial="teacher")
     return dataclasses.replace(config, pairs=pairs, training=training, objective=objective, student=student)
 

@@ -17,9 +17,9 @@ from ddecode.config import (
     as_dict,
     build,
     read_config,
-    weight_at,
 )
 from ddecode.teacher import Recipe
+from ddecode.weight import weight_at
 from third_party_loaders.published import ARCHITECTURES
 
 ROOT = Path(__file__).resolve().parents[1]

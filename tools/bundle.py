@@ -5,9 +5,11 @@
         --guidance-scale 1.5
     .venv/bin/python tools/bundle.py --name fashion-llamagen --student RUN3/model
     .venv/bin/python tools/bundle.py --name fashion-llamagen --other small=fashion-llamagen-small
+    .venv/bin/python tools/bundle.py --name fashion-var-light --student RUN4/model --of fashion-var
 
 First the teacher, since its pairs are made with the rounded weights; then its student; a small teacher, bundled like
-the large one under its own name, becomes one that stitched plans may call. The recipe `configs/NAME.yaml` is copied
+the large one under its own name, becomes one that stitched plans may call; a further student of a bundled teacher gets
+a folder of its own without the teacher. The recipe `configs/NAME.yaml` is copied
 beside the weights, for the demo.
 """
 
@@ -48,11 +50,15 @@ def bundle_teacher(args: argparse.Namespace, folder: Path) -> None:
 
 
 def bundle_student(args: argparse.Namespace, folder: Path) -> None:
-    zoo, run = ModelFolder.open(folder), ModelFolder.open(args.student)
+    zoo, run = ModelFolder.open(ZOO / args.of if args.of else folder), ModelFolder.open(args.student)
     if run.teacher_hash() != zoo.teacher_hash():
-        raise SystemExit(f"{args.student} was distilled from another teacher than the one in {folder}")
+        raise SystemExit(f"{args.student} was distilled from another teacher than the one in {zoo.path}")
     parts = {"tokenizer": zoo.tokenizer(), "teacher": zoo.teacher().backbone, "student": run.student()}
-    save_model(folder, without_format(zoo) | {"student": run.config["student"]}, parts, dtype=torch.float16)
+    description = without_format(zoo) | {"student": run.config["student"]}
+    if args.of:
+        description = {key: value for key, value in description.items() if key not in ("teacher", "others")}
+        del parts["teacher"]
+    save_model(folder, description, parts, dtype=torch.float16)
     shutil.copy(ZOO.parent.parent / "configs" / f"{args.name}.yaml", folder / "recipe.yaml")
 
 
@@ -80,6 +86,7 @@ def main() -> None:
     parser.add_argument("--top-k", type=int, default=0)
     parser.add_argument("--top-p", type=float, default=1.0)
     parser.add_argument("--student", type=Path, help="a model folder made by ddecode distill")
+    parser.add_argument("--of", metavar="NAME", help="the bundled model whose teacher a further student has")
     args = parser.parse_args()
     folder = ZOO / args.name
     if args.student:

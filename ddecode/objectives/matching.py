@@ -23,6 +23,9 @@ from ddecode.objectives.score import mean_where
 from ddecode.teacher import Recipe, Teacher, forced_hidden
 from ddecode.types import Backbone
 
+LEAST_LOG_PROB = -20.0
+"""For metrics, in the place of what the teacher excludes."""
+
 
 class TokenGuidance(nn.Module):
     """An AR model of what a student emits in each of its passes.
@@ -101,9 +104,9 @@ class TokenMatching(nn.Module):
 
         Returns:
             The student's loss, which gives gradients to `logits_BLV` alone; the guidance network's, its cross-entropy
-            on the emitted tokens; metrics: `guidance_cross_entropy`; `teacher_cross_entropy` of the same tokens, each
-            token's at most 20; and `matching_gap`, the mean clipped log-ratio under q, an estimate of the student's
-            divergence from the teacher per token.
+            on the emitted tokens; metrics: `guidance_cross_entropy`, `teacher_cross_entropy` of the same tokens, and
+            `matching_gap`, the KL divergence of q from p, an estimate of the student's from the teacher per token. In
+            both the teacher's log-probabilities are at least `LEAST_LOG_PROB`.
         """
         guided_BLV = self.guidance(ids_BL, labels_B, pass_B)
         open_BL = open_BL.float()
@@ -111,9 +114,10 @@ class TokenMatching(nn.Module):
         with torch.no_grad():
             teacher_BLV = self.teacher.log_probs(ids_BL, labels_B, self.recipe).float()
             ours_BLV = guided_BLV.log_softmax(-1)
+            told_BLV = teacher_BLV.clamp(min=LEAST_LOG_PROB)
+            gap = mean_where((ours_BLV.exp() * (ours_BLV - told_BLV)).sum(-1), open_BL)
+            surprise_BL = -told_BLV.gather(-1, ids_BL[..., None])[..., 0]
             ratio_BLV = (ours_BLV - teacher_BLV).clamp(-self.clip, self.clip)
-            gap = mean_where((ours_BLV.exp() * ratio_BLV).sum(-1), open_BL)
-            surprise_BL = -teacher_BLV.gather(-1, ids_BL[..., None])[..., 0].clamp(min=-20)
         weights_BLV = torch.softmax(logits_BLV.float() / self.temperature, -1)
         loss = mean_where((weights_BLV * ratio_BLV).sum(-1), open_BL)
         metrics = {

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ddecode.codebook import nearest_code
-from ddecode.config import ObjectiveConfig, weight_at
+from ddecode.config import ObjectiveConfig
 from ddecode.evaluation.features import FeatureMaps, FeatureNetwork, perceptual_gap
 from ddecode.flow import flow_grid, tokens_to_noise
 from ddecode.objectives.adversarial import Discriminator, adversarial_losses
@@ -30,6 +30,7 @@ from ddecode.randomness import draw
 from ddecode.student import Student
 from ddecode.training import Objective
 from ddecode.types import Prediction
+from ddecode.weight import weight_at
 
 Metrics = dict[str, Tensor]
 REDRAWING_STEPS = 16
@@ -123,7 +124,6 @@ class StudentObjective(Objective):
         start_B = self.starts.to(ids_BL.device)[chosen_B]
         open_BL = torch.arange(length, device=ids_BL.device) >= start_B[:, None]
         sees_images = any(self.image_weights(progress))
-        matched = weight_at(config.matching.weight, progress)
         guided = bool(config.matching.weight)  # before the term begins its guidance network learns alone
         few = self.few if sees_images or scored or guided else slice(0)
 
@@ -148,14 +148,10 @@ class StudentObjective(Objective):
             loss = loss + terms
             metrics |= seen_metrics
         if guided:
-            assert self.matching is not None
-            emitted_ids_BL = nearest_code(emitted_BLC.detach(), student.codebook_VC)
             alone_B = own_B | (start_B == 0)  # nothing of these is the teacher's
-            counted_BL = (open_BL & alone_B[:, None] & self.told_L.to(ids_BL.device))[few]
-            push, error, matches = self.matching(
-                seen.logits_BLV, emitted_ids_BL, labels_B[few], counted_BL, chosen_B[few]
-            )
-            loss = loss + matched * push + error
+            counted_BL = (open_BL & alone_B[:, None])[few]
+            push, error, matches = self.match(seen, emitted_BLC, labels_B[few], counted_BL, chosen_B[few])
+            loss = loss + weight_at(config.matching.weight, progress) * push + error
             metrics |= matches
         if scored:
             assert self.score is not None
@@ -258,6 +254,16 @@ class StudentObjective(Objective):
             loss = loss + adversarial * fooled + told
             metrics |= verdicts
         return loss, metrics
+
+    def match(
+        self, seen: Prediction, emitted_BLC: Tensor, labels_B: Tensor, counted_BL: Tensor, pass_B: Tensor
+    ) -> tuple[Tensor, Tensor, Metrics]:
+        """The matching term's two losses, of counted positions that are emitted as tokens, and its metrics."""
+        assert self.matching is not None
+        ids_BL = nearest_code(emitted_BLC.detach(), self.model.codebook_VC)
+        counted_BL = counted_BL & self.told_L.to(counted_BL.device)
+        matched: tuple[Tensor, Tensor, Metrics] = self.matching(seen.logits_BLV, ids_BL, labels_B, counted_BL, pass_B)
+        return matched
 
     def look(self, codes_BLC: Tensor) -> FeatureMaps:
         """The feature network on decoded images."""
