@@ -71,6 +71,22 @@ def test_student_is_far_better_than_independent_tokens(name: str, pipe: Distille
         assert rows[name].accuracy > rows["teacher"].accuracy - 0.06
 
 
+def test_the_light_student_is_of_the_same_tokens_and_not_far_behind() -> None:
+    """A coarse guard at n = 400, as above."""
+    light, full = (DistilledPipeline.from_pretrained(name) for name in ("fashion-var-light", "fashion-var"))
+    assert light.student is not None and full.student is not None and light.teacher is None
+    assert 2 * light.student.backbone.depth <= full.student.backbone.depth
+    assert torch.equal(light.tokenizer.codebook_VC, full.tokenizer.codebook_VC)
+    assert len(light([0, 1], num_inference_steps=1).images) == 2
+    both = DistilledPipeline(tokenizer=full.tokenizer, teacher=full.teacher, others={"light": light.student})
+    judge = Judge.open(zoo_folder() / "features" / "fashion-eval")
+    plans = {"light": both.plan(plan=f"light:0-{full.length}")}
+    result = evaluate(both, plans, judge, model="fashion-var", num=400, show_progress=False)
+    row = next(row for row in result.rows if row.plan == "light")
+    assert row.control_share is not None and row.control_share < 0.15
+    assert (zoo_folder() / "fashion-var-light" / "README.md").read_text().startswith("# fashion-var-light")
+
+
 def test_demo_writes_a_report_that_needs_no_network(name: str, tmp_path: Path) -> None:
     config = read_config(zoo_folder() / name / "recipe.yaml", DistillConfig)
     size = DemoSize(pairs=40, steps=3, batch=8, samples=40, repeats=1)
