@@ -33,6 +33,7 @@ class DD2Student(ShiftedStudent):
         self, backbone: Backbone, tokenizer: Tokenizer, *, starts: tuple[int, ...], head_depth: int = HEAD_DEPTH
     ) -> None:
         super().__init__(backbone, tokenizer, starts=starts)
+        self.split = 0
         self.head = DiffusionHead(backbone.width, tokenizer.codebook_VC.shape[1], depth=head_depth)
         self.head.calibrate(tokenizer.codebook_VC)
 

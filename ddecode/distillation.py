@@ -99,6 +99,16 @@ def make_score_term(
     return ScoreTerm(teacher, guidance, form=config.form, draws=config.draws, guidance_draws=config.guidance_draws)
 
 
+def make_matching_term(teacher: Teacher, student: Student, config: DistillConfig) -> TokenMatching:
+    """The token-matching term; its guidance network begins as the teacher."""
+    with fresh_weights(config.training.seed):
+        guidance = TokenGuidance.from_teacher(teacher, passes=len(student.starts))
+    if config.training.compile:
+        compile_blocks(guidance)
+    term = config.objective.matching
+    return TokenMatching(teacher, guidance, temperature=term.temperature, clip=term.clip)
+
+
 def make_positives(teacher: Teacher, images: LabelledImages, folder: Path, *, show_progress: bool = True) -> Positives:
     """Tokens of real images, kept in the run's `folder` so that they are made once, by all processes together."""
     encode_images(images, teacher, folder, show_progress=show_progress)
@@ -178,12 +188,7 @@ def distill_alone(config: DistillConfig, pairs_folder: Path, run: Path, *, resum
         if config.student.initial == "tuning":
             assert isinstance(student, DD2Student)
             student.initialize_from_tuned(module(score.guidance.backbone), score.guidance.head)
-    matching = None
-    if (term := objective.matching).weight:
-        guidance = TokenGuidance.from_teacher(teacher, passes=len(student.starts))
-        if config.training.compile:
-            compile_blocks(guidance)
-        matching = TokenMatching(teacher, guidance, temperature=term.temperature, clip=term.clip)
+    matching = make_matching_term(teacher, student, config) if objective.matching.weight else None
     with fresh_weights(config.training.seed):
         weighted = StudentObjective(
             student, objective, features=features, score=score, matching=matching, positives=positives

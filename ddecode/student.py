@@ -53,6 +53,8 @@ class Student(nn.Module, ABC):
         self.backbone = backbone
         self._tokenizer = [tokenizer]  # in a list, so that its weights are not this module's
         self.starts = starts
+        self.split = self.length
+        """Positions before it are emitted as tokens, the rest as vectors."""
         self.indicator = nn.Embedding(2, backbone.width)
 
     @property

@@ -3,6 +3,7 @@
 B batch, L token positions, N tokens of one step, V codes, C code width; see `ddecode.types`.
 """
 
+import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -177,6 +178,13 @@ class Teacher:
             if isinstance(part, nn.Module):
                 part.to(device)
         return self
+
+    def trainable_backbone(self) -> Backbone:
+        """A copy of the backbone that may be trained."""
+        assert isinstance(self.backbone, nn.Module)
+        # a backbone may hold the tokenizer, which is not trained and so stays shared
+        copied: Backbone = copy.deepcopy(self.backbone, {id(self.tokenizer): self.tokenizer}).requires_grad_(True)
+        return copied
 
     @torch.no_grad()
     def logits(self, ids_BL: Tensor, class_labels: Labels | None) -> Tensor:

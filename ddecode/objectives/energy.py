@@ -16,12 +16,7 @@ def energy_distance(ours_BF: Tensor, theirs_BF: Tensor, labels_B: Tensor) -> Ten
     2 E|x - y| - E|x - x'| over pairs of the same label and different index; E|y - y'| is constant and left out.
     Sample i of both sets may come from the same noise: that pair is left out as well.
     """
-    same = (labels_B[:, None] == labels_B[None]).fill_diagonal_(False).float()
-    pairs = same.sum().clamp(min=1)
-    across = (torch.cdist(ours_BF, theirs_BF) * same).sum() / pairs
-    # the root has no gradient at zero, where every vector meets itself
-    gaps = (ours_BF[:, None] - ours_BF[None]).square().sum(-1)
-    within = ((gaps + 1e-12).sqrt() * same).sum() / pairs
+    across, within = (mean_distance(ours_BF, other, labels_B, labels_B) for other in (theirs_BF, ours_BF))
     return 2 * across - within
 
 
@@ -108,6 +103,5 @@ def mean_distance(ours_BF: Tensor, others_NF: Tensor, labels_B: Tensor, labels_N
     """Mean distance over pairs of one label; ours' i-th to the others' i-th does not count."""
     same_BN = labels_B[:, None] == labels_N[None]
     same_BN[:, : len(labels_B)].fill_diagonal_(False)
-    squared_BN = ours_BF.square().sum(-1)[:, None] + others_NF.square().sum(-1)[None] - 2 * ours_BF @ others_NF.T
-    # the root has no gradient at zero
-    return (squared_BN.clamp(min=1e-6).sqrt() * same_BN).sum() / same_BN.sum().clamp(min=1)
+    # cdist's gradient is zero at zero, where a vector meets itself
+    return (torch.cdist(ours_BF, others_NF) * same_BN).sum() / same_BN.sum().clamp(min=1)

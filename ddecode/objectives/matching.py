@@ -11,7 +11,6 @@ distribution matching in discrete one-step generators (Di[M]O, arXiv 2503.15457)
 B batch, L token positions, V codes, D model width.
 """
 
-import copy
 import dataclasses
 from typing import Any
 
@@ -45,10 +44,7 @@ class TokenGuidance(nn.Module):
     @classmethod
     def from_teacher(cls, teacher: Teacher, passes: int) -> "TokenGuidance":
         """A copy of the teacher's backbone."""
-        assert isinstance(teacher.backbone, nn.Module)
-        # a backbone may hold the tokenizer, which is not trained and so stays shared
-        backbone = copy.deepcopy(teacher.backbone, {id(teacher.tokenizer): teacher.tokenizer})
-        return cls(backbone.requires_grad_(True), passes).to(teacher.device)
+        return cls(teacher.trainable_backbone(), passes).to(teacher.device)
 
     def forward(self, ids_BL: Tensor, labels: Any, pass_B: Tensor) -> Tensor:
         """Logits fp32 [B,L,V], each position given the tokens of earlier AR steps; pass_B int64."""

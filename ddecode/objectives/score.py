@@ -8,7 +8,6 @@ generator's D is learned by a guidance network; where the two agree at all t, so
 B batch, R noise draws that share one pass of a backbone, L token positions, V codes, C code width, D feature width.
 """
 
-import copy
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -142,10 +141,7 @@ class ARDiffusion(nn.Module):
     @classmethod
     def from_teacher(cls, teacher: Teacher, *, width: int | None = None, depth: int = 3) -> "ARDiffusion":
         """A copy of the teacher's backbone under a fresh head."""
-        assert isinstance(teacher.backbone, nn.Module)
-        # a backbone may hold the tokenizer, which is not trained and so stays shared
-        backbone = copy.deepcopy(teacher.backbone, {id(teacher.tokenizer): teacher.tokenizer})
-        return cls(backbone.requires_grad_(True), teacher.codebook_VC, width=width, depth=depth)
+        return cls(teacher.trainable_backbone(), teacher.codebook_VC, width=width, depth=depth)
 
     def forward(self, ids_BL: Tensor, labels: Any, x_RBLC: Tensor, time_RBL: Tensor) -> Tensor:
         """Velocities of noisy codes, given the tokens before them.

@@ -92,7 +92,7 @@ class StudentObjective(Objective):
         self.few = slice(config.image_batch // world())
         """This process's share of the samples whose output is seen."""
         self.starts = torch.tensor(student.starts)
-        self.told_L = torch.arange(student.length) < getattr(student, "split", student.length)
+        self.told_L = torch.arange(student.length) < student.split
         """The positions that are emitted as tokens."""
         self.grid = flow_grid(student.codebook_VC, REDRAWING_STEPS)
 
