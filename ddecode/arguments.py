@@ -6,6 +6,7 @@ B batch, L token positions, V codes, C code width, H W image height and width.
 import reprlib
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -36,7 +37,38 @@ def shown(value: Any) -> str:
     if isinstance(value, Tensor):
         place = "" if value.device.type == "cpu" else f" on {value.device}"
         return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}{place}"
+    if isinstance(value, np.ndarray):
+        return f"numpy array {value.dtype} {list(value.shape)}"
     return Brief().repr(value) if isinstance(value, str | int | float | list | tuple | dict) else type(value).__name__
+
+
+def check_kind(name: str, value: Any, *kinds: type) -> None:
+    """
+    Raises:
+        ValueError: it is none of these kinds.
+    """
+    if not isinstance(value, kinds):
+        known = " or ".join("None" if kind is type(None) else kind.__name__ for kind in kinds)
+        raise ValueError(f"{name} must be {known}, got {shown(value)}")
+
+
+def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
+    """
+    Raises:
+        ValueError: it is none of these words.
+    """
+    if not isinstance(value, str) or value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {shown(value)}")
+
+
+def as_path(name: str, value: Any) -> Path:
+    """A path, which people give as text as well.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    check_kind(name, value, str, Path)
+    return Path(value)
 
 
 def check_whole(name: str, value: Any, lowest: int, highest: int = MOST) -> None:
@@ -117,6 +149,16 @@ def check_images(images_B3HW: Any, multiple: int) -> None:
         raise ValueError("images must be finite, and hold NaN or infinity")
 
 
+def check_pictures(images_NHW3: Any) -> None:
+    """
+    Raises:
+        ValueError: it is no uint8 array [N, H, W, 3], or empty.
+    """
+    fits = isinstance(images_NHW3, np.ndarray) and images_NHW3.dtype == np.uint8 and images_NHW3.ndim == 4
+    if not fits or images_NHW3.shape[3] != 3 or not images_NHW3.size:
+        raise ValueError(f"images must be a numpy array uint8 [N, H, W, 3], got {shown(images_NHW3)}")
+
+
 def check_labels(class_labels: Labels, batch: int | None, num_classes: int, device: torch.device) -> Any:
     """Class labels as int64 [B] on `device`; a `(features, mask)` caption passes through.
 
@@ -129,8 +171,8 @@ def check_labels(class_labels: Labels, batch: int | None, num_classes: int, devi
     """
     if isinstance(class_labels, tuple) and class_labels and isinstance(class_labels[0], Tensor):
         return tuple(part.to(device) for part in class_labels)
-    if isinstance(class_labels, int):
-        class_labels = [class_labels] * (batch or 1)
+    if isinstance(class_labels, int | np.integer):
+        class_labels = [int(class_labels) if isinstance(class_labels, np.integer) else class_labels] * (batch or 1)
     if isinstance(class_labels, Tensor):
         labels = class_labels
     else:

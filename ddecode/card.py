@@ -9,7 +9,9 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from ddecode.checkpoint import PARTS, RECIPE, ModelFolder
+from ddecode.arguments import as_path, check_kind
+from ddecode.checkpoint import PARTS, RECIPE, ModelFolder, UploadOptions
+from ddecode.config import build
 from ddecode.evaluation.results import figure, read_result
 from ddecode.files import write_aside
 
@@ -39,22 +41,42 @@ class Card:
     teacher_license: str
     datasets: tuple[str, ...] = ()
     """Hub ids of what the teacher was trained on."""
-    recipe: Path | None = None
+    recipe: str | Path | None = None
     """YAML of the distillation; None is the folder's `recipe.yaml`, where there is one."""
-    metrics: Path | None = None
+    metrics: str | Path | None = None
     """What `ddecode eval --json` wrote; None says that nothing was measured."""
 
     def __post_init__(self) -> None:
         for name in ("license", "teacher", "teacher_license"):
+            check_kind(f"the card's {name}", getattr(self, name), str)
             if not getattr(self, name).strip():
                 raise ValueError(f"the card needs {name}: others have to know what they may do with the weights")
         for name in ("recipe", "metrics"):
-            path = getattr(self, name)
-            if path is not None and not path.is_file():
+            if getattr(self, name) is None:
+                continue
+            path = as_path(f"the card's {name}", getattr(self, name))
+            if not path.is_file():
                 raise ValueError(f"the card's {name}: there is no file {path}")
+            object.__setattr__(self, name, path)
+        object.__setattr__(self, "datasets", build(tuple[str, ...], self.datasets, "the card's datasets"))
 
 
-def write_card(folder: Path, card: Card, *, model: str) -> Path:
+def check_upload(card: Card | None, hub_id: Any, options: Mapping[str, Any]) -> None:
+    """What is to go up, before anything is written.
+
+    Raises:
+        ValueError: there is no card, the id is no text, or an option is none of `ddecode.checkpoint.upload`.
+    """
+    if card is None:
+        raise ValueError("push_to_hub needs a card: card=Card(license=..., teacher=..., teacher_license=...)")
+    check_kind("card", card, Card)
+    check_kind("repo_id", hub_id, str)
+    if unknown := [name for name in options if name not in UploadOptions.__annotations__]:
+        known = ", ".join(UploadOptions.__annotations__)
+        raise ValueError(f"push_to_hub knows {known}, not {', '.join(unknown)}")
+
+
+def write_card(folder: str | Path, card: Card, *, model: str) -> Path:
     """Write a model folder's README.md, and put its recipe beside it.
 
     Args:
@@ -68,8 +90,11 @@ def write_card(folder: Path, card: Card, *, model: str) -> Path:
     Raises:
         ValueError: the folder or the result is damaged. Nothing is written then.
     """
+    folder = as_path("a model folder", folder)
+    check_kind("card", card, Card)
+    check_kind("the model's name", model, str)
     opened = ModelFolder.open(folder)
-    recipe = opened.training_recipe() if card.recipe is None else card.recipe.read_text()
+    recipe = opened.training_recipe() if card.recipe is None else Path(card.recipe).read_text()
     text = front_matter(opened, card) + "\n\n".join(sections(opened, card, model, recipe)) + "\n"
     if recipe is not None:
         write_aside(folder / RECIPE, recipe.encode())
@@ -97,7 +122,7 @@ def sections(model: ModelFolder, card: Card, name: str, recipe: str | None) -> l
     starts = model.config["student"]["starts"] if model.has("student") else []
     student = f"a student of it that samples in {counted(len(starts))}" if starts else "no student"
     labels = "(features_BPE, mask_BP)" if takes_captions(model) else "[0]"
-    measured = "Not measured yet." if card.metrics is None else metrics(read_result(card.metrics))
+    measured = "Not measured yet." if card.metrics is None else metrics(read_result(Path(card.metrics)))
     return [
         f"# {name.rpartition('/')[2]}",
         f"A `{model.config['family']}` image model in ddecode's format with {student}: Distilled Decoding "

@@ -20,6 +20,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ddecode.arguments import check_kind
 from ddecode.config import as_dict, build
 from ddecode.files import placed, read_json, read_tensors, write_aside
 from ddecode.student import Student
@@ -107,6 +108,7 @@ def find_model(model: str | Path, access: HubAccess | None = None) -> Path:
     Raises:
         ValueError: it is none of these, or the hub has no such model.
     """
+    check_kind("a model's name", model, str, Path)
     if str(model) in bundled_models():
         return zoo_folder() / str(model)
     path = Path(model)

@@ -1,9 +1,6 @@
 """Typed configuration: frozen dataclasses read from YAML, unknown or misshapen keys refused."""
 
 import dataclasses
-import difflib
-import types
-import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +8,7 @@ from typing import Any, Literal, TypeVar
 
 from ddecode.arguments import LARGEST_SEED, check_above, check_finite, check_whole, shown
 from ddecode.teacher import Recipe
+from ddecode.typed import build, settle
 from ddecode.weight import Weight, check_weight
 from ddecode.yaml_text import as_text, parse_yaml, read_yaml
 
@@ -47,6 +45,7 @@ class TrainingConfig:
     """Who shows the run beside its `log.jsonl` (`ddecode.reporters`); it may change when the run goes on."""
 
     def __post_init__(self) -> None:
+        settle(self, "training")
         for name in ("steps", "batch", "log_every", "save_every"):
             check_whole(f"training.{name}", getattr(self, name), 1)
         for name in ("warmup_steps", "preview_every"):
@@ -78,9 +77,14 @@ class PairsConfig:
     precision: Literal["no", "bf16"] = "no"
 
     def __post_init__(self) -> None:
+        settle(self, "pairs")
         for name in ("num", "num_steps", "batch", "shard_size"):
             check_whole(f"pairs.{name}", getattr(self, name), 1)
         check_whole("pairs.seed", self.seed, 0, LARGEST_SEED)
+
+
+WITHOUT_MODEL = ("teacher", "random", "tuning")
+"""Values of `student.initial` that name no model."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,8 +110,12 @@ class StudentConfig:
     initial: str = "teacher"
     """Where its weights come from: `teacher`, `random`, `tuning` (the end of `objective.score.tuning`, for DD2's
     student), or a model whose student it goes on from."""
+    initial_share: float = 0.0
+    """Share of that model's weights in the one that is written, the rest is what training made of them: on the line
+    between both lie better ones than at its ends where training overshoots (Wortsman et al., arXiv 2109.01903)."""
 
     def __post_init__(self) -> None:
+        settle(self, "student")
         if not self.starts or self.starts[0] != 0 or list(self.starts) != sorted(set(self.starts)):
             raise ValueError(f"student.starts must begin with 0 and rise, got {list(self.starts)}")
         for name, lowest in (("depth", 1), ("split", 0), ("diffusion_head", 1), ("draft_steps", 1)):
@@ -117,6 +125,11 @@ class StudentConfig:
             raise ValueError("student.split, student.drafts and student.diffusion_head are three kinds: give one")
         if self.joins not in (0, *(self.drafts or ())):
             raise ValueError(f"student.joins must be 0 or one of student.drafts, got {self.joins}")
+        check_finite("student.initial_share", self.initial_share)
+        if not 0 <= self.initial_share < 1:
+            raise ValueError(f"student.initial_share must lie in [0, 1), got {self.initial_share}")
+        if self.initial_share and self.initial in WITHOUT_MODEL:
+            raise ValueError(f"student.initial_share is of a model's weights; student.initial is {self.initial}")
         if self.initial == "tuning" and (self.diffusion_head is None or self.depth is not None):
             raise ValueError("student.initial: tuning is for a student with diffusion_head and all layers")
 
@@ -135,6 +148,7 @@ class AdversarialConfig:
     `ddecode.objectives.positives`); None: the teacher's samples are, so that no data are needed."""
 
     def __post_init__(self) -> None:
+        settle(self, "objective.adversarial")
         check_weight("objective.adversarial.weight", self.weight)
         check_above("objective.adversarial.lr", self.lr)
         check_whole("objective.adversarial.width", self.width, 1)
@@ -164,6 +178,7 @@ class ScoreConfig:
     """The first stage's run; None leaves it out: the guidance network starts as the teacher with a fresh head."""
 
     def __post_init__(self) -> None:
+        settle(self, "objective.score")
         check_weight("objective.score.weight", self.weight)
         for name in ("draws", "guidance_draws", "updates"):
             check_whole(f"objective.score.{name}", getattr(self, name), 1)
@@ -198,6 +213,7 @@ class MatchingConfig:
     """Bound on the log-ratio of the guidance network's probabilities to the teacher's."""
 
     def __post_init__(self) -> None:
+        settle(self, "objective.matching")
         check_weight("objective.matching.weight", self.weight)
         for name in ("lr", "temperature", "clip"):
             check_above(f"objective.matching.{name}", getattr(self, name))
@@ -228,6 +244,9 @@ class ObjectiveConfig:
     energy_memory: tuple[int, int] = (0, 0)
     """Earlier batches of the teacher's features, and of the student's, that the energy distance sets a batch against as
     well, for less noise. The student's grow stale: a few."""
+    energy_spread: float = 0.0
+    """Step size of the multiplier that brings the student's mean distance within a class, in each kind of pass, to the
+    teacher's, against terms that narrow it; needs `energy_memory`. 0.01 to 0.02 is enough for a few hundred steps."""
     adversarial: AdversarialConfig = field(default_factory=AdversarialConfig)
     score: ScoreConfig = field(default_factory=ScoreConfig)
     matching: MatchingConfig = field(default_factory=MatchingConfig)
@@ -240,6 +259,7 @@ class ObjectiveConfig:
     """Samples of a batch whose output the image, score and matching terms see."""
 
     def __post_init__(self) -> None:
+        settle(self, "objective")
         for name in ("logits", "drafts", "embeddings", "perceptual", "energy", "own_prefix"):
             check_weight(f"objective.{name}", getattr(self, name))
         if max(self.own_prefix.values() if isinstance(self.own_prefix, dict) else [self.own_prefix]) > 1:
@@ -250,6 +270,9 @@ class ObjectiveConfig:
             raise ValueError(f"objective.energy_memory must be two numbers, got {list(self.energy_memory)}")
         for batches in self.energy_memory:
             check_whole("objective.energy_memory", batches, 0)
+        check_weight("objective.energy_spread", self.energy_spread)
+        if self.energy_spread and not any(self.energy_memory):
+            raise ValueError("objective.energy_spread needs objective.energy_memory, such as [64, 6]")
 
     @property
     def uses_teacher_probabilities(self) -> bool:
@@ -277,6 +300,7 @@ class DistillConfig:
     """Measured metrics with protocol, hardware and date, or the words `not yet measured`; for people."""
 
     def __post_init__(self) -> None:
+        settle(self, "")
         if self.objective.targets == "probabilities" and self.student.drafts is None:
             raise ValueError(
                 "objective.targets: probabilities is for a student with student.drafts; another's token follows from "
@@ -320,67 +344,6 @@ def set_key(tree: dict[str, Any], keys: list[str], value: Any) -> None:
         if not isinstance(tree, dict):
             raise ValueError(f"override of {'.'.join(keys)}: {key} is no group")
     tree[keys[-1]] = value
-
-
-def build(kind: Any, value: Any, where: str) -> Any:
-    """Turn parsed YAML into `kind`: a dataclass, a scalar, a tuple, a Literal or an optional of those."""
-    if dataclasses.is_dataclass(kind):
-        return build_dataclass(kind, value, where)
-    origin, args = typing.get_origin(kind), typing.get_args(kind)
-    if origin in (typing.Union, types.UnionType):
-        if value is None and type(None) in args:
-            return None
-        mapping = isinstance(value, dict) and next((a for a in args if typing.get_origin(a) is dict), None)
-        return build(mapping or next(a for a in args if a is not type(None)), value, where)
-    if origin is Literal:
-        if value is False and "no" in args:  # YAML 1.1 reads a bare `no` as false
-            value = "no"
-        if value in args:
-            return value
-        raise ValueError(f"{where} must be one of {', '.join(map(str, args))}, got {shown(value)}")
-    if origin is tuple:
-        if not isinstance(value, list | tuple) or (args[-1] is not ... and len(args) != len(value)):
-            raise ValueError(f"{where} must be a list, got {shown(value)}")
-        return tuple(build(args[0], v, f"{where}[{i}]") for i, v in enumerate(value))
-    if kind is float and isinstance(value, str):
-        value = as_number(value)
-    if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
-        check_finite(where, value)
-        return float(value)
-    if origin is dict and args[1] is not Any and isinstance(value, dict):
-        return {build(args[0], k, f"{where} key"): build(args[1], v, f"{where}.{k}") for k, v in value.items()}
-    expected = dict if origin is dict else kind
-    if not isinstance(value, expected) or (isinstance(value, bool) and expected is not bool):
-        raise ValueError(f"{where} must be {expected.__name__}, got {shown(value)}")
-    if kind is int:
-        check_whole(where, value, -LARGEST_SEED, LARGEST_SEED)
-    return value
-
-
-def as_number(text: str) -> float | str:
-    """YAML 1.1 reads `1e-3` as text."""
-    try:
-        return float(text)
-    except ValueError:
-        return text
-
-
-def build_dataclass(kind: Any, value: Any, where: str) -> Any:
-    if not isinstance(value, dict):
-        raise ValueError(f"{where or 'the config'} must be a group of keys, got {shown(value)}")
-    hints = typing.get_type_hints(kind)
-    names = [f.name for f in dataclasses.fields(kind)]
-    dot = f"{where}." if where else ""
-    for key in value:
-        if key not in names:
-            near = difflib.get_close_matches(str(key), names, 1)
-            hint = f"did you mean {dot}{near[0]}?" if near else f"it knows {', '.join(names)}"
-            raise ValueError(f"unknown config key {dot}{key}; {hint}")
-    for f in dataclasses.fields(kind):
-        required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
-        if required and f.name not in value:
-            raise ValueError(f"config key {dot}{f.name} is missing")
-    return kind(**{key: build(hints[key], v, f"{dot}{key}") for key, v in value.items()})
 
 
 def as_dict(config: Any) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ddecode.arguments import LARGEST_SEED, check_kind, check_whole
 from ddecode.types import Backbone, Condition, Tokenizer
 
 BATCH = 2
@@ -36,6 +37,7 @@ def check_backbone(backbone: Any, *, seed: int = 0) -> None:
         ValueError: it breaks the contract; the message says where.
     """
     demand_members(backbone, Backbone)
+    check_whole("seed", seed, 0, LARGEST_SEED)
     steps = tuple(backbone.steps)
     demand(bool(steps) and min(steps) >= 1, f"steps must be numbers of tokens of at least 1, got {steps}")
     generator = torch.Generator().manual_seed(seed)
@@ -59,8 +61,10 @@ def check_tokenizer(tokenizer: Any, length: int, *, seed: int = 0) -> None:
         ValueError: it breaks the contract; the message says where.
     """
     demand_members(tokenizer, Tokenizer)
+    check_whole("length", length, 1)
+    check_whole("seed", seed, 0, LARGEST_SEED)
     codebook_VC = tokenizer.codebook_VC
-    demand(codebook_VC.dim() == 2 and codebook_VC.dtype == torch.float32, "codebook_VC must be fp32 [V,C]")
+    check_codebook(codebook_VC)
     ids_BL = torch.randint(len(codebook_VC), (BATCH, length), generator=torch.Generator().manual_seed(seed))
     with torch.no_grad():
         images, same = tokenizer.decode(ids_BL), tokenizer.decode(codebook_VC[ids_BL])
@@ -86,6 +90,8 @@ def check_student_backbone(backbone: Any, codebook_VC: Tensor, *, seed: int = 0)
         ValueError: it breaks the contract; the message says where.
     """
     demand_members(backbone, Backbone)
+    check_codebook(codebook_VC)
+    check_whole("seed", seed, 0, LARGEST_SEED)
     steps, width = tuple(backbone.steps), codebook_VC.shape[1]
     sequence_BLC = torch.randn(BATCH, sum(steps), width, generator=torch.Generator().manual_seed(seed))
     condition: Condition = backbone.condition(torch.arange(BATCH) % backbone.num_classes)
@@ -107,6 +113,11 @@ def check_student_backbone(backbone: Any, codebook_VC: Tensor, *, seed: int = 0)
         early = begin > 0 and float(change_L[:begin].max()) > FELT
         demand(not early, f"the vectors of tokens {begin} to {end} are seen by earlier ones")
         demand(float(change_L[begin:end].min()) > FELT, f"tokens {begin} to {end} do not all see their own vectors")
+
+
+def check_codebook(codebook_VC: Any) -> None:
+    check_kind("codebook_VC", codebook_VC, Tensor)
+    demand(codebook_VC.dim() == 2 and codebook_VC.dtype == torch.float32, "codebook_VC must be fp32 [V,C]")
 
 
 def demand_members(thing: Any, protocol: Any) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ddecode.arguments import as_path
 from ddecode.checkpoint import ModelFolder, bundled_models, download, family_module, loaders, save_tensors, write_model
 from ddecode.config import StudentConfig, build
 from ddecode.files import read_json
@@ -41,7 +42,7 @@ class Options:
 
 
 def convert(
-    source: str, kind: str, out: Path, *, tokenizer: str | None = None, options: Options | None = None
+    source: str | Path, kind: str, out: str | Path, *, tokenizer: str | None = None, options: Options | None = None
 ) -> list[str]:
     """Convert a state to a model folder, or a model folder to states.
 
@@ -59,7 +60,7 @@ def convert(
         ValueError: `source` is something else, its keys are missing, extra or misshapen, an option does not apply, or
             `out` is there already.
     """
-    options = options or Options()
+    source, out, options = str(as_path("what to convert", source)), as_path("--out", out), options or Options()
     model = open_model(source)
     if model is None:
         return to_folder(source, kind, out, tokenizer, options)

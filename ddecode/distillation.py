@@ -7,11 +7,12 @@ in the end, `model/`: tokenizer, teacher and student in our directory format, wi
 
 from pathlib import Path
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from ddecode.checkpoint import RECIPE, ModelFolder, save_model
 from ddecode.compilation import compile_blocks
-from ddecode.config import DistillConfig, ScoreConfig, as_dict, as_yaml
+from ddecode.config import WITHOUT_MODEL, DistillConfig, ScoreConfig, as_dict, as_yaml
 from ddecode.dd2_student import HEAD_DEPTH, DD2Student
 from ddecode.evaluation.features import features_folder, load_features
 from ddecode.files import write_aside
@@ -29,9 +30,6 @@ from ddecode.reporters import check_reporters
 from ddecode.student import Student
 from ddecode.teacher import Teacher
 from ddecode.training import Samples, train
-
-WITHOUT_MODEL = ("teacher", "random", "tuning")
-"""Values of `student.initial` that name no model."""
 
 
 def make_student(folder: ModelFolder, teacher: Teacher, config: DistillConfig) -> Student:
@@ -211,12 +209,21 @@ def distill_alone(config: DistillConfig, pairs_folder: Path, run: Path, *, resum
         show_progress=show_progress,
     )
     assert isinstance(ema, Student)
+    if initial is not None and config.student.initial_share:
+        draw_back(ema, initial.state("student"), config.student.initial_share)
     if rank() == 0:
         save_model(run / "model", model_config(folder, ema, config), {
             "tokenizer": module(teacher.tokenizer), "teacher": module(teacher.backbone), "student": ema,
         })  # fmt: skip
         write_aside(run / "model" / RECIPE, as_yaml(config).encode())
     return run / "model"
+
+
+@torch.no_grad()
+def draw_back(student: Student, state: dict[str, Tensor], share: float) -> None:
+    """Move its weights that share of the way to those of `state`."""
+    for name, weight in student.state_dict().items():
+        weight.lerp_(state[name].to(weight), share)
 
 
 def module(part: object) -> nn.Module:

@@ -116,7 +116,7 @@ def read_json(path: Path) -> Any:
     try:
         if path.stat().st_size <= LARGEST_JSON:
             return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, IsADirectoryError):
         raise ValueError(f"there is no file {path}") from None
     except (ValueError, RecursionError):
         pass

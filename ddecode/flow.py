@@ -76,11 +76,14 @@ def flow_grid(codebook_VC: Tensor, num_steps: int) -> FlowGrid:
         num_steps: evaluations of D, at least 1.
 
     Raises:
-        ValueError: the codebook is not a matrix, or fewer than one evaluation.
+        ValueError: the codebook is not a finite matrix, or fewer than one evaluation.
     """
     check_whole("num_steps", num_steps, 1, MOST_STEPS)
-    if codebook_VC.dim() != 2 or not codebook_VC.numel():
-        raise ValueError(f"the codebook must be [V, C] and not empty, got {tuple(codebook_VC.shape)}")
+    fits = isinstance(codebook_VC, Tensor) and codebook_VC.is_floating_point() and codebook_VC.dim() == 2
+    if not fits or not codebook_VC.numel() or codebook_VC.is_meta:
+        raise ValueError(f"the codebook must be floats [V, C] and not empty, got {shown(codebook_VC)}")
+    if not codebook_VC.isfinite().all():
+        raise ValueError("codebook must be finite, and holds NaN or infinity")
     codes = centred(codebook_VC)
     radius = codes.square().sum(-1).mean().sqrt().item()
     spacing = closest_spacing(codes)
@@ -143,7 +146,7 @@ def noise_to_tokens(
         raise ValueError(f"log_probs must be {(B, L, V)}, one per code, got {tuple(log_probs_BLV.shape)}")
     if grid is None:  # a caller from outside
         grid = flow_grid(codebook_VC, num_steps)
-        check_values(*given)
+        check_values(noise_BLC, log_probs_BLV)
     codes = centred(codebook_VC)
     ids_BL = torch.empty(B, L, dtype=torch.int64, device=noise_BLC.device)
     rows = max(1, ROWS_TIMES_CODES // V)
@@ -158,14 +161,13 @@ def noise_to_tokens(
     return ids_BL
 
 
-def check_values(noise_BLC: Tensor, log_probs_BLV: Tensor, codebook_VC: Tensor) -> None:
+def check_values(noise_BLC: Tensor, log_probs_BLV: Tensor) -> None:
     """
     Raises:
-        ValueError: noise or codebook are not finite, or a row of log-probabilities holds NaN or +inf, or -inf alone.
+        ValueError: noise is not finite, or a row of log-probabilities holds NaN or +inf, or -inf alone.
     """
-    for name, tensor in (("noise", noise_BLC), ("codebook", codebook_VC)):
-        if not tensor.isfinite().all():
-            raise ValueError(f"{name} must be finite, and holds NaN or infinity")
+    if not noise_BLC.isfinite().all():
+        raise ValueError("noise must be finite, and holds NaN or infinity")
     if not log_probs_BLV.amax(-1).isfinite().all():
         raise ValueError("log_probs must have a finite number at each position, and neither NaN nor +inf")
 

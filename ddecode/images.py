@@ -20,6 +20,7 @@ import torch
 from PIL import Image, PngImagePlugin
 from torch import Tensor
 
+from ddecode.arguments import check_pictures, check_whole
 from ddecode.files import check_room, opened_aside, write_aside
 
 OutputType = Literal["pil", "np", "pt", "latent"]
@@ -30,6 +31,8 @@ NAME = re.compile(r"(?P<index>\d{6,})-class(?P<label>\d+)\.png")
 """Of image `index` of a set in a folder; see `image_name`."""
 LARGEST_IMAGE = 1 << 28
 """Bytes of one image of an `.npz`; more are not read at once."""
+LARGEST_GRID = 1 << 12
+"""Columns of a grid, and pixels that one becomes on either side."""
 LARGEST_HEADER = 1 << 16
 """Of an `.npy`."""
 NOTE = "ddecode"
@@ -54,7 +57,15 @@ def to_uint8(images_B3HW: Tensor) -> np.ndarray:
 
 
 def grid(images_NHW3: np.ndarray, columns: int | None = None, scale: int = 1) -> Image.Image:
-    """Images side by side, row by row; enlarged `scale` times without smoothing."""
+    """Images side by side, row by row; enlarged `scale` times without smoothing.
+
+    Raises:
+        ValueError: they are no uint8 array [N,H,W,3], or a number is out of range.
+    """
+    check_pictures(images_NHW3)
+    for name, value in (("columns", columns), ("scale", scale)):
+        if value is not None:
+            check_whole(name, value, 1, LARGEST_GRID)
     count, height, width, _ = images_NHW3.shape
     columns = columns or int(np.ceil(np.sqrt(count)))
     rows = -(-count // columns)

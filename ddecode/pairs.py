@@ -21,7 +21,7 @@ from safetensors.torch import save
 from torch import Tensor
 from tqdm import tqdm
 
-from ddecode.arguments import LARGEST_SEED, check_whole
+from ddecode.arguments import LARGEST_SEED, as_path, check_kind, check_whole
 from ddecode.config import PairsConfig, as_dict, build
 from ddecode.files import read_json, write_aside
 from ddecode.locks import held
@@ -88,6 +88,8 @@ def make_manifest(teacher: Teacher, name: str, teacher_hash: str, config: PairsC
     Raises:
         ValueError: the teacher takes captions, for which no student is defined.
     """
+    check_kind("teacher", teacher, Teacher)
+    check_kind("config", config, PairsConfig)
     if not teacher.num_classes:
         raise ValueError(f"{name} takes captions: students are defined for class labels only")
     return Manifest(
@@ -126,7 +128,7 @@ def noise_of(seeds: list[int], shape: tuple[int, int]) -> Tensor:
     return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
 
 
-def write_pairs(teacher: Teacher, manifest: Manifest, folder: Path, *, show_progress: bool = True) -> int:
+def write_pairs(teacher: Teacher, manifest: Manifest, folder: str | Path, *, show_progress: bool = True) -> int:
     """Make the shards that are not there yet; the processes of a launch make a batch each in turn.
 
     Returns:
@@ -136,6 +138,9 @@ def write_pairs(teacher: Teacher, manifest: Manifest, folder: Path, *, show_prog
         ValueError: the folder holds pairs of another manifest or a damaged shard, or another run is at work in it.
         OSError: the disk is full, say. What is there is whole then.
     """
+    check_kind("teacher", teacher, Teacher)
+    check_kind("manifest", manifest, Manifest)
+    folder = as_path("a folder of pairs", folder)
     with held(folder):
         check_manifest(folder, manifest)
         todo = [s for s in range(manifest.shards) if not is_complete(folder, manifest, s)]
@@ -271,7 +276,8 @@ class Pairs:
         ValueError: shards are missing or damaged, or another teacher made them.
     """
 
-    def __init__(self, folder: Path, *, teacher_hash: str | None = None) -> None:
+    def __init__(self, folder: str | Path, *, teacher_hash: str | None = None) -> None:
+        folder = as_path("a folder of pairs", folder)
         self.manifest = manifest = read_manifest(folder)
         if teacher_hash is not None and manifest.teacher_hash != teacher_hash:
             raise ValueError(

@@ -14,24 +14,23 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ddecode.arguments import check_labels, shown
-from ddecode.callback import CALLBACK_TENSORS, StepCallback, call_back, check_tensors
-from ddecode.card import Card, write_card
+from ddecode.arguments import as_path, check_choice, check_kind, check_labels, check_vectors
+from ddecode.callback import CALLBACK_TENSORS, StepCallback, call_back, check_callback
+from ddecode.card import Card, check_upload, write_card
 from ddecode.checkpoint import RECIPE, HubAccess, ModelFolder, UploadOptions, backbone_family, save_model, upload
 from ddecode.compilation import compile_blocks
 from ddecode.config import build
-from ddecode.files import write_aside
+from ddecode.files import check_room, write_aside
 from ddecode.images import OUTPUT_TYPES, OutputType, to_output
-from ddecode.plan import NAME, Plan, parse_plan, student_plan
-from ddecode.precision import autocast, cast, check_device, check_dtype, decoder, network
+from ddecode.members import check_members
+from ddecode.plan import Plan, parse_plan, student_plan
+from ddecode.precision import autocast, cast, check_device, check_dtype, decoder, dtype_of, network
 from ddecode.sampling import AfterPass, Model, Progress, Skip, check_models, execute, passes
 from ddecode.student import Student
 from ddecode.teacher import Recipe, Teacher, batch_size, draw_noise, per_sample_generators
 from ddecode.types import Generators, Labels, Tokenizer
 
 Steps = int | Literal["teacher"]
-OWN_NAMES = ("student", "teacher", "skip")
-"""What plans call a pipeline's own models, and the control."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,21 +67,14 @@ class DistilledPipeline:
         notes: Mapping[str, Any] | None = None,
         training_recipe: str | None = None,
     ) -> None:
-        if student is None and teacher is None:
-            raise ValueError("a pipeline needs a student or a teacher")
-        for name, model in (others or {}).items():
-            if name in OWN_NAMES:
-                raise ValueError(f"plans mean another model by {name!r}; call yours otherwise")
-            if not isinstance(name, str) or not NAME.fullmatch(name):
-                raise ValueError(f"plans cannot say {name!r}; call your model by letters and digits")
-            if not isinstance(model, Teacher | Student | Skip):
-                raise ValueError(f"{name} must be a teacher or a student, got {shown(model)}")
-            if not isinstance(model, Skip) and not same_codes(model.codebook_VC, tokenizer.codebook_VC):
-                raise ValueError(f"{name} has another codebook, so its tokens mean something else here")
+        check_kind("others", others, Mapping, type(None))
+        check_kind("recipe", recipe, Recipe, type(None))
+        check_kind("notes", notes, Mapping, type(None))
+        check_members(tokenizer, student, teacher, others or {})
         self.tokenizer, self.student, self.teacher = tokenizer, student, teacher
         self.others = dict(others or {})
         self.recipe = recipe or (teacher.recipe if teacher is not None else Recipe())
-        self.class_names = class_names
+        self.class_names = build(tuple[str, ...], class_names, "class_names")
         self.notes = dict(notes or {})
         self.training_recipe = training_recipe
         self._bar_options: dict[str, Any] = {}
@@ -112,6 +104,7 @@ class DistilledPipeline:
         """
         if torch_dtype is not None:
             check_dtype(torch_dtype)
+        check_kind("others", others, Mapping, type(None))
         access = HubAccess(revision=revision, cache_dir=cache_dir, token=token, local_files_only=local_files_only)
         folder = ModelFolder.open(model, access)
         tokenizer = folder.tokenizer()
@@ -120,7 +113,7 @@ class DistilledPipeline:
             student=folder.student(tokenizer) if folder.has("student") else None,
             teacher=folder.teacher(tokenizer) if folder.has("teacher") else None,
             others=folder.others(access) | dict(others or {}),
-            class_names=build(tuple[str, ...], folder.config.get("class_names", ()), "class_names"),
+            class_names=folder.config.get("class_names", ()),
             notes={key: folder.config[key] for key in ("features", "others") if key in folder.config},
             training_recipe=folder.training_recipe(),
         )
@@ -150,13 +143,15 @@ class DistilledPipeline:
         Raises:
             ValueError: the models are of no family with a loader, options contradict, or the hub refuses.
         """
-        folder = Path(folder)
+        folder = as_path("a model folder", folder)
         if not push_to_hub and (repo_id or options):
             raise ValueError(f"{', '.join(['repo_id'] * bool(repo_id) + [*options])}: give push_to_hub=True as well")
-        if push_to_hub and card is None:
-            raise ValueError("push_to_hub needs a card: card=Card(license=..., teacher=..., teacher_license=...)")
+        check_kind("card", card, Card, type(None))
+        if push_to_hub:
+            check_upload(card, folder.name if repo_id is None else repo_id, options)
         if folder.exists() and not folder.is_dir():
             raise ValueError(f"{folder} is a file; a model is a folder")
+        check_room(folder, "the model folder")
         if dtype is not None:
             check_dtype(dtype)
         modules: dict[str, Any] = {"tokenizer": self.tokenizer}
@@ -192,6 +187,7 @@ class DistilledPipeline:
         Raises:
             ValueError: see `save_pretrained`.
         """
+        check_upload(card, repo_id, options)
         with TemporaryDirectory() as temporary:
             folder = self.save_pretrained(Path(temporary) / "model", dtype=dtype)
             write_card(folder, card, model=repo_id)
@@ -207,7 +203,8 @@ class DistilledPipeline:
 
         Half precision is that of the parameters of networks and decoder and, by autocast, of all passes and of
         decoding. Encoder, codebook, noise, probabilities and the noise-to-token map stay fp32. A network that is then
-        called by itself needs an autocast around it.
+        called by itself needs an autocast around it. `pipe.tokenizer.decoder.to(torch.bfloat16)` casts the decoder
+        alone: the tokens are then those of fp32.
 
         Args:
             places: a device, a dtype, or both in either order.
@@ -216,8 +213,8 @@ class DistilledPipeline:
         Raises:
             ValueError: more than one of either, a device that is not there, or another dtype.
         """
-        devices = [p for p in (*places, device) if p is not None and not isinstance(p, torch.dtype)]
-        dtypes = [p for p in (*places, dtype) if isinstance(p, torch.dtype)]
+        devices = [p for p in (*(p for p in places if not isinstance(p, torch.dtype)), device) if p is not None]
+        dtypes = [p for p in (*(p for p in places if isinstance(p, torch.dtype)), dtype) if p is not None]
         if len(devices) > 1 or len(dtypes) > 1:
             raise ValueError(f"give one device and one dtype, got {', '.join(map(str, [*devices, *dtypes]))}")
         for place in devices:
@@ -262,7 +259,7 @@ class DistilledPipeline:
         return next(network(self.any_model).parameters()).dtype
 
     def precision(self) -> AbstractContextManager[Any]:
-        """What passes and decoding run under."""
+        """What passes run under."""
         return autocast(self.device, self.dtype)
 
     def set_progress_bar_config(self, **options: Any) -> None:
@@ -348,10 +345,8 @@ class DistilledPipeline:
         Raises:
             ValueError: a label, step count, plan, output type or tensor that this model does not know.
         """
-        if output_type not in OUTPUT_TYPES:
-            raise ValueError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}")
-        offered = tuple(callback_on_step_end_tensor_inputs)
-        check_tensors(offered)
+        check_choice("output_type", output_type, OUTPUT_TYPES)
+        offered = check_callback(callback_on_step_end, callback_on_step_end_tensor_inputs)
         chosen, models = self.plan(num_inference_steps, plan), self.models
         with self.progress_bar(sum(passes(models[span.who], span) for span in chosen.spans)) as bar:
 
@@ -372,6 +367,7 @@ class DistilledPipeline:
         self, class_labels: Labels, plan: Plan, generator: Generators = None, after_pass: AfterPass | None = None
     ) -> Progress:
         """Run a plan up to the token embeddings, without a bar; see `ddecode.sampling.execute`."""
+        check_kind("a plan", plan, Plan)
         code_width, device = self.any_model.codebook_VC.shape[1], self.any_model.device
         labels = check_labels(class_labels, None, self.num_classes, device)
         batch = batch_size(labels)
@@ -391,10 +387,11 @@ class DistilledPipeline:
 
     @torch.no_grad()
     def decode(self, embeddings_BLC: Tensor) -> Tensor:
-        """Embeddings [B,L,C] to decoder output fp32 [B,3,H,W], nominally in [-1,1]."""
-        with self.precision():
+        """Embeddings [B,L,C] to decoder output fp32 [B,3,H,W], nominally in [-1,1].
+
+        Raises:
+            ValueError: they have another shape or are not finite, as those of a network that overflows.
+        """
+        check_vectors("embeddings", embeddings_BLC, self.length, self.any_model.codebook_VC.shape[1])
+        with autocast(self.device, dtype_of(decoder(self.tokenizer)) or self.dtype):
             return self.tokenizer.decode(embeddings_BLC)
-
-
-def same_codes(first_VC: Tensor, second_VC: Tensor) -> bool:
-    return first_VC.shape == second_VC.shape and bool(torch.equal(first_VC.cpu(), second_VC.cpu()))

@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from ddecode.arguments import check_whole, shown
+from ddecode.arguments import MOST, check_kind, check_whole, shown
 
 NAME = re.compile(r"[A-Za-z][\w-]*")
 SPAN = re.compile(rf"(?P<who>{NAME.pattern}):(?P<start>[0-9]{{1,9}})-(?P<stop>[0-9]{{1,9}})")
@@ -18,11 +18,20 @@ SPAN = re.compile(rf"(?P<who>{NAME.pattern}):(?P<start>[0-9]{{1,9}})-(?P<stop>[0
 
 @dataclass(frozen=True, kw_only=True)
 class Span:
-    """Positions `start` (tokens resolved before it) to `stop`, emitted by the model named `who`."""
+    """Positions `start` (tokens resolved before it) to `stop`, emitted by the model named `who`.
+
+    Raises:
+        ValueError: the name is no text, or a position no whole number.
+    """
 
     who: str
     start: int
     stop: int
+
+    def __post_init__(self) -> None:
+        check_kind("a span's who", self.who, str)
+        check_whole("a span's start", self.start, -MOST)
+        check_whole("a span's stop", self.stop, -MOST)
 
     def __str__(self) -> str:
         return f"{self.who}:{self.start}-{self.stop}"
@@ -42,6 +51,8 @@ class Plan:
     def __post_init__(self) -> None:
         check_whole("a plan's length", self.length, 1)
         resolved = 0
+        if not isinstance(self.spans, Sequence) or not all(isinstance(span, Span) for span in self.spans):
+            raise ValueError(f"a plan's spans must be a tuple of Span, got {shown(self.spans)}")
         if not self.spans:
             raise ValueError("a plan needs at least one span who:start-stop")
         for span in self.spans:

@@ -29,6 +29,11 @@ def decoder(tokenizer: Tokenizer) -> nn.Module | None:
     return module if isinstance(module, nn.Module) else None
 
 
+def dtype_of(module: nn.Module | None) -> torch.dtype | None:
+    """Of a module's parameters; None where it has none."""
+    return next((parameter.dtype for parameter in module.parameters()), None) if module is not None else None
+
+
 def cast(module: nn.Module, dtype: torch.dtype) -> None:
     """Cast a module's parameters. Its buffers, rotary factors and the like, are exact in fp32 alone and stay so."""
     for parameter in module.parameters():

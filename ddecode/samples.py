@@ -20,6 +20,7 @@ from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
+from ddecode.arguments import LARGEST_SEED, as_path, check_choice, check_kind, check_whole, shown
 from ddecode.config import as_dict
 from ddecode.files import write_aside
 from ddecode.images import NAME, ROUNDING, check_png, image_name, png, pngs, read_note, to_uint8
@@ -68,11 +69,29 @@ def draw_labels(classes: Sequence[int], num: int, *, labelling: Labelling = "bal
         classes: to choose from.
         labelling: `balanced` gives image i the i-th class, round and round; `uniform` draws each independently.
         seed: the set's.
+
+    Raises:
+        ValueError: there is no class or no image, or an argument is of another kind.
     """
+    check_set(classes, num, labelling, seed)
     if labelling == "balanced":
         return np.resize(np.array(classes), num)
     rng = np.random.default_rng(derived_seed(seed, LABEL_STREAM))
     return np.array(classes)[rng.integers(len(classes), size=num)]
+
+
+def check_set(classes: Sequence[int], num: int, labelling: str, seed: int) -> None:
+    """
+    Raises:
+        ValueError: one of them is no argument of `draw_labels`.
+    """
+    if isinstance(classes, str) or not isinstance(classes, Sequence | np.ndarray) or not len(classes):
+        raise ValueError(f"classes must be a list of whole numbers, got {shown(classes)}")
+    for label in classes:
+        check_whole("a class", label, 0)
+    check_whole("num", num, 1)
+    check_choice("labelling", labelling, LABELLINGS)
+    check_whole("seed", seed, 0, LARGEST_SEED)
 
 
 def make_settings(
@@ -85,7 +104,15 @@ def make_settings(
     labelling: Labelling = "balanced",
     seed: int = 0,
 ) -> Settings:
-    """Settings of a set of images by `plan`; `model` is the pipe's name, for people."""
+    """Settings of a set of images by `plan`; `model` is the pipe's name, for people.
+
+    Raises:
+        ValueError: one of the arguments is of another kind, or see `draw_labels`.
+    """
+    check_kind("pipe", pipe, DistilledPipeline)
+    check_kind("a plan", plan, Plan)
+    check_kind("model", model, str)
+    check_set(classes, num, labelling, seed)
     return Settings(
         model=model,
         model_hash=weights_hash(pipe, plan),
@@ -112,6 +139,7 @@ def weights_hash(pipe: DistilledPipeline, plan: Plan) -> str:
 
 
 def batches_of(num: int, batch: int) -> list[range]:
+    check_whole("batch", batch, 1)
     return [range(first, min(first + batch, num)) for first in range(0, num, batch)]
 
 
@@ -134,7 +162,13 @@ def draw_all(
 
 
 def write_folder(
-    pipe: DistilledPipeline, plan: Plan, settings: Settings, folder: Path, *, batch: int, show_progress: bool = True
+    pipe: DistilledPipeline,
+    plan: Plan,
+    settings: Settings,
+    folder: str | Path,
+    *,
+    batch: int,
+    show_progress: bool = True,
 ) -> int:
     """Sample the images of a set that are not in its folder yet; the processes of a launch share the batches.
 
@@ -151,6 +185,8 @@ def write_folder(
             in it.
         OSError: the disk is full, say. What is there is whole then.
     """
+    check_kind("settings", settings, Settings)
+    folder = as_path("a folder of images", folder)
     labels_N, note = settings.labels(), settings.note()
     names = [image_name(i, label) for i, label in enumerate(labels_N)]
     with held(folder):

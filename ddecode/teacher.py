@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ddecode.arguments import check_finite, check_ids, check_labels, check_whole
+from ddecode.arguments import check_finite, check_ids, check_kind, check_labels, check_whole, shown
 from ddecode.types import Backbone, Condition, Generators, Labels, Tokenizer
 
 Pick = Callable[[Tensor, int], Tensor]
@@ -139,6 +139,10 @@ class Teacher:
     """
 
     def __init__(self, backbone: Backbone, tokenizer: Tokenizer, *, family: str, recipe: Recipe | None = None) -> None:
+        for what, part, needed in (("backbone", backbone, "vocab_size"), ("tokenizer", tokenizer, "codebook_VC")):
+            if not hasattr(part, needed):
+                raise ValueError(f"a teacher's {what} must have {needed}, see ddecode.types; got {shown(part)}")
+        check_kind("recipe", recipe, Recipe, type(None))
         self.backbone, self.tokenizer, self.family = backbone, tokenizer, family
         self.recipe = recipe or Recipe()
         for part in (backbone, tokenizer):

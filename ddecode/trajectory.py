@@ -5,7 +5,7 @@ B batch, L token positions, C code width.
 
 from torch import Tensor
 
-from ddecode.arguments import check_vectors
+from ddecode.arguments import check_kind, check_vectors
 from ddecode.flow import FlowGrid, flow_grid, noise_to_tokens
 from ddecode.teacher import Pick, Recipe, Teacher
 from ddecode.types import Labels
@@ -49,6 +49,7 @@ def resolve(
         ValueError: the noise has another shape than the teacher's sequences or is not finite, or an option is out of
             range.
     """
+    check_kind("teacher", teacher, Teacher)
     check_vectors("noise", noise_BLC, teacher.length, teacher.codebook_VC.shape[1])
     labels = teacher.labels(class_labels, len(noise_BLC))
     recipe = Recipe(guidance_scale=guidance_scale, top_k=top_k, top_p=top_p)

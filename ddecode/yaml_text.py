@@ -5,6 +5,8 @@ from typing import Any
 
 import yaml
 
+from ddecode.arguments import as_path
+
 LARGEST_FILE = 1 << 18
 """Bytes; recipes have about two thousand."""
 DEEPEST = 16
@@ -57,6 +59,7 @@ def read_text(path: Path) -> str:
     Raises:
         ValueError: there is no such file, or it is too large for a recipe or no text.
     """
+    path = as_path("a config file", path)
     if not path.is_file():
         raise ValueError(f"no config file {path}")
     if path.stat().st_size > LARGEST_FILE:

@@ -5,6 +5,7 @@ import os
 import pickle
 import random
 import resource
+import shutil
 import struct
 import zipfile
 from collections.abc import Callable, Iterator
@@ -15,12 +16,13 @@ import pytest
 import torch
 from command import Capture, refused
 from safetensors.torch import load_file, save_file
-from tiny import distill_recipe, make_teacher, tree_of, write_yaml
+from tiny import distill_recipe, make_teacher, make_var_teacher, save_tiny, tree_of, write_yaml
 
 from ddecode import DistilledPipeline
 from ddecode.checkpoint import ModelFolder
 from ddecode.config import PairsConfig
 from ddecode.pairs import Pairs, make_manifest, read_shard, write_pairs
+from ddecode.teacher import Teacher
 from third_party_loaders import identify, load_dd1_student, load_llamagen, load_var
 from third_party_loaders.state import read_state
 
@@ -192,6 +194,16 @@ def test_weights_of_another_kind_are_refused(name: str, dtype: torch.dtype, copy
     kind = str(dtype).removeprefix("torch.")
     with pytest.raises(ValueError, match=f"not floating: {name.partition('.')[2]} is {kind}$"):
         DistilledPipeline.from_pretrained(copy)
+
+
+@pytest.mark.parametrize("other", [make_var_teacher(), make_teacher(width=48)], ids=["family", "size"])
+def test_weights_of_another_model_are_refused(other: Teacher, copy: Path, tmp_path: Path) -> None:
+    theirs = save_tiny(tmp_path / "theirs", DistilledPipeline(tokenizer=other.tokenizer, teacher=other))
+    for folder, weights in ((copy, theirs), (theirs, copy)):
+        both = shutil.copytree(folder, tmp_path / "both", dirs_exist_ok=True)
+        shutil.copy(weights / "model.safetensors", both)
+        with pytest.raises(ValueError, match=r"this state is no .*: (missing|misshapen) "):
+            DistilledPipeline.from_pretrained(both)
 
 
 def test_large_finite_weights_are_taken(copy: Path) -> None:
@@ -369,5 +381,5 @@ def test_made_up_names_and_shapes_build_nothing(change: dict[str, Any], message:
 
 @pytest.mark.parametrize("option", [{"n_head": 0}, {"n_head": 7}, {"block_size": 0}, {"block_size": 1 << 40}])
 def test_sizes_from_outside_are_checked(option: dict[str, int]) -> None:
-    with pytest.raises(ValueError, match=r"head|tokens"):
+    with pytest.raises(ValueError, match=r"head|block_size"):
         load_llamagen(upstream_like(), {}, **option)

@@ -109,6 +109,11 @@ def test_damaged_feature_networks_are_named(tmp_path: Path, model: Path, capsys:
     save_file({"mean": torch.zeros(7), "covariance": torch.zeros(7, 7)}, folder / "statistics.safetensors")
     with pytest.raises(ValueError, match="does not belong to the network beside it"):
         Judge.open(folder)
+    width = load_features(folder).widths[-1]
+    for mean in (torch.full((width,), torch.nan), torch.zeros(width, dtype=torch.int32)):
+        save_file({"mean": mean, "covariance": torch.eye(width)}, folder / "statistics.safetensors")
+        with pytest.raises(ValueError, match=r"statistics\.safetensors is damaged: its statistics are not finite"):
+            Judge.open(folder)
     (folder / "statistics.safetensors").write_bytes(b"x")
     with pytest.raises(ValueError, match=r"statistics\.safetensors is damaged"):
         Judge.open(folder)

@@ -1,5 +1,6 @@
 """What `ddecode convert` refuses: judged first, named as upstream names it, and nothing left behind."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,10 +9,12 @@ import pytest
 import torch
 from command import Capture, refused, run
 from safetensors.torch import save_file
-from tiny import L, tree_of
+from tiny import L, make_var_teacher, tree_of
 from upstream import OPTIONS, State
 
 from ddecode.conversion import KINDS, Options, convert, family_of
+from ddecode.teacher import Teacher
+from third_party_loaders import load_dd1_student, load_llamagen, load_var
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -97,6 +100,46 @@ def test_wrong_keys_of_a_tokenizer_are_named(kind: str, states: dict[str, State]
                 options=OPTIONS[family],
             )
     assert not (tmp_path / "model").exists()
+
+
+HARM: dict[str, tuple[Callable[[State, str], State], str]] = {
+    "NaN": (lambda state, name: state | {name: state[name] * math.nan}, "NaN or infinity in "),
+    "whole numbers": (lambda state, name: state | {name: state[name].int()}, "not floating: "),
+    "turned": (lambda state, name: state | {name: state[name].T[1:]}, "misshapen|codes of width"),
+    "none": (lambda state, name: {n: t for n, t in state.items() if n != name}, "missing"),
+}
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
+@pytest.mark.parametrize("harm", HARM)
+@pytest.mark.parametrize("kind", KINDS)
+def test_harm_to_a_state_is_named(
+    kind: str, harm: str, suffix: str, states: dict[str, State], teacher: Teacher, tmp_path: Path
+) -> None:
+    family, path, (change, message) = family_of(kind), tmp_path / f"x{suffix}", HARM[harm]
+    tokens = make_var_teacher().tokenizer if family == "var" else teacher.tokenizer
+    sizes: Any = OPTIONS[family].given
+
+    def load() -> object:
+        if kind.startswith("dd1"):
+            return load_dd1_student(path, tokens, family, **sizes, split=5)  # type: ignore[arg-type]
+        return {"var": load_var, "llamagen": load_llamagen}[family](path, states[f"{family}-tokenizer"], **sizes)
+
+    def write(state: State) -> None:
+        save_file({n: t.contiguous() for n, t in state.items()}, path) if suffix != ".pth" else torch.save(state, path)
+
+    name = "output.weight" if family == "llamagen" else "head.weight"
+    write(dict(states[kind]))
+    load()
+    whole = path.read_bytes()
+    for size in (0, 100, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:size])
+        with pytest.raises(ValueError, match=rf"x\{suffix} .*damaged"):
+            load()
+    write(change(dict(states[kind]), name))
+    with pytest.raises(ValueError, match=message) as caught:
+        load()
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

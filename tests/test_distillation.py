@@ -81,6 +81,19 @@ def test_a_student_that_does_not_fit_is_no_beginning(model: Path, tmp_path: Path
         first_student(model, tmp_path, f"student.initial={tmp_path / 'alone'}")
 
 
+def test_the_written_student_lies_between_the_trained_one_and_the_initial(
+    model: Path, pairs: Path, tmp_path: Path
+) -> None:
+    initial = save_tiny(tmp_path / "initial", make_pipeline(seed=0))
+    recipe = recipe_of(model, tmp_path, f"student.initial={initial}", "student.initial_share=0.25", "training.steps=2")
+    written = ModelFolder.open(distill(recipe, pairs, tmp_path / "run", show_progress=False)).state("student")
+    trained = load_file(tmp_path / "run" / "checkpoint" / "ema.safetensors")
+    begun = ModelFolder.open(initial).state("student")
+    assert not any(torch.equal(trained[name], begun[name]) for name in trained if "norm" not in name)
+    for name, weight in written.items():
+        torch.testing.assert_close(weight, 0.75 * trained[name] + 0.25 * begun[name])
+
+
 SCORE = [
     "objective.score.weight=1.0", "objective.score.updates=2", "objective.score.align_every=4",
     "objective.score.align_steps=1", "objective.image_batch=2",

@@ -86,7 +86,7 @@ def test_without_a_memory_value_and_gradient_are_the_energy_distances() -> None:
     ours, theirs, labels = draw(12, 0).requires_grad_(), draw(12, 1), torch.arange(12) % 2
     scale = (spread_within(theirs, labels) + 1e-3) * 5**0.5
     expected = energy_distance(ours / scale, theirs / scale, labels)
-    found = RememberedEnergy(5, theirs=0, ours=0)(ours, theirs, labels)
+    found, _ = RememberedEnergy(5, theirs=0, ours=0)(ours, theirs, labels)
     torch.testing.assert_close(found, expected)
     (gradient,), (theirs_gradient,) = (torch.autograd.grad(value, ours) for value in (found, expected))
     torch.testing.assert_close(gradient, theirs_gradient)
@@ -96,7 +96,7 @@ def test_a_memory_is_set_against_the_batch_as_if_it_were_part_of_it() -> None:
     remembered = RememberedEnergy(5, theirs=24, ours=12)
     labels = torch.arange(12) % 3
     batches = [(draw(12, s), draw(12, 50 + s)) for s in range(3)]
-    *_, last = (remembered(ours, theirs, labels) for ours, theirs in batches)
+    *_, last = (remembered(ours, theirs, labels)[0] for ours, theirs in batches)
     ours = batches[-1][0]
     all_theirs, all_ours = torch.cat([b[1] for b in batches]), torch.cat([b[0] for b in batches[1:]])
     scale = (spread_within(all_theirs, labels.repeat(3)) + 1e-3) * 5**0.5
@@ -120,10 +120,62 @@ def test_a_memory_lowers_the_noise_and_not_the_mean() -> None:
 
     def values(memory: int) -> Tensor:
         remembered = RememberedEnergy(5, theirs=24 * memory, ours=24 * memory)
-        found = [remembered(draw(24, s, shift=0.5), draw(24, 900 + s), labels) for s in range(80)]
+        found = [remembered(draw(24, s, shift=0.5), draw(24, 900 + s), labels)[0] for s in range(80)]
         return torch.stack(found[20:])
 
     few, many = values(0), values(10)
     # unbiased but for the scale, which few samples underestimate
     assert abs(many.mean() / few.mean() - 1) < 0.25
     assert many.std() < few.std() / 1.3
+
+
+def test_each_kind_of_sample_is_set_against_its_own() -> None:
+    labels, kinds = torch.arange(18) % 3, torch.arange(18) // 3 % 2
+    ours, theirs = draw(18, 0), draw(18, 1)
+    found, metrics = RememberedEnergy(5, theirs=0, ours=0, kinds=3)(ours, theirs, labels, kinds)
+    scale = (spread_within(theirs, labels) + 1e-3) * 5**0.5
+
+    def mean_distance(i: int, others: Tensor, peers: list[int]) -> Tensor:
+        return torch.stack([((ours[i] - others[j]) / scale).norm() for j in peers if j != i]).mean()
+
+    alike = [[j for j in range(18) if labels[i] == labels[j]] for i in range(18)]
+    of_kind = [[j for j in alike[i] if kinds[i] == kinds[j]] for i in range(18)]
+    across = torch.stack([mean_distance(i, theirs, alike[i]) for i in range(18)])
+    within = torch.stack([mean_distance(i, ours, of_kind[i]) for i in range(18)])
+    torch.testing.assert_close(found, 2 * across.mean() - within.mean())
+    assert metrics["spread_K"].shape == (3,) and metrics["spread_K"][2] == 1
+
+
+def test_a_wide_kind_does_not_make_up_for_a_narrow_one() -> None:
+    labels, kinds = torch.zeros(400, dtype=torch.int64), torch.arange(400) % 2
+    scale = torch.tensor([0.8, 1.2])[kinds].requires_grad_()
+    ours = scale[:, None] * draw(400, 0)
+    remembered = RememberedEnergy(5, theirs=0, ours=0, kinds=2)
+    (gradient,) = torch.autograd.grad(remembered(ours, draw(400, 1), labels, kinds)[0], scale)
+    narrow, wide = gradient[kinds == 0].sum(), gradient[kinds == 1].sum()
+    assert narrow < -0.02 and wide > 0.02
+
+
+def test_the_multiplier_keeps_the_spread_against_a_term_that_narrows_it() -> None:
+    labels = torch.arange(64) % 2
+
+    def learned_spread(spread_rate: float) -> tuple[float, RememberedEnergy]:
+        scale = torch.ones((), requires_grad=True)
+        optimizer = torch.optim.SGD([scale], lr=0.02)
+        remembered = RememberedEnergy(5, theirs=640, ours=64, spread_rate=spread_rate)
+        found = []
+        for step in range(600):
+            distance, metrics = remembered(scale * draw(64, step), draw(64, 5000 + step), labels)
+            optimizer.zero_grad()
+            (distance + 0.3 * scale).backward()
+            optimizer.step()
+            found.append(metrics["spread_K"].item())
+        return sum(found[-200:]) / 200, remembered
+
+    narrow, plain = learned_spread(0.0)
+    kept, remembered = learned_spread(0.02)
+    assert narrow < 0.9 and plain.multiplier_K.item() == 0
+    assert abs(kept - 1) < 0.02
+    # where the spread is right, the slopes of the distance and of the narrowing term cancel: m times E|y - y'| is 0.3
+    apart = (draw(2000, 1) - draw(2000, 2)).norm(dim=1).mean().item() / 5**0.5
+    assert "multiplier_K" in remembered.state_dict() and abs(remembered.multiplier_K.item() * apart - 0.3) < 0.05

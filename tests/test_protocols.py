@@ -175,6 +175,11 @@ def test_references_that_are_none_are_refused(tmp_path: Path) -> None:
     assert "is of 64 features, the network that judges has 12" in refusal("wide.npz")
     np.savez(tmp_path / "nan.npz", mu=np.full(WIDTH, np.nan), sigma=np.eye(WIDTH))
     assert "its statistics are not finite" in refusal("nan.npz")
+    torch.save({"m": np.zeros(WIDTH), "s": np.eye(WIDTH)}, tmp_path / "whole.pth")
+    assert read_statistics(tmp_path / "whole.pth") is not None
+    for size in (0, 2, 100, 600):
+        (tmp_path / "cut.pth").write_bytes((tmp_path / "whole.pth").read_bytes()[:size])
+        assert "damaged, or no .npz or .pth of plain arrays" in refusal("cut.pth")
     torch.save({"m": Path("x"), "s": 1}, tmp_path / "unsafe.pth")
     assert "damaged, or no .npz or .pth of plain arrays" in refusal("unsafe.pth")
 

@@ -2,6 +2,7 @@
 
 from typing import Literal
 
+from ddecode.arguments import check_choice
 from ddecode.student import Student
 from ddecode.types import Tokenizer
 from third_party_loaders import llamagen, var
@@ -36,12 +37,15 @@ def load_dd1_student(
         A `Student` in evaluation mode, fp32, on the CPU.
 
     Raises:
-        ValueError: an unknown family, or keys missing, extra or misshapen.
+        ValueError: an unknown family or sizes that it has not, or keys missing, extra or misshapen.
     """
+    check_choice("family", family, ("var", "llamagen"))
+    given = {"patch_nums": patch_nums, "n_head": n_head, "block_size": block_size}
+    own = var.SIZE_OPTIONS if family == "var" else llamagen.SIZE_OPTIONS
+    if alien := [name for name, value in given.items() if value is not None and name not in own]:
+        raise ValueError(f"{alien[0]} is no option of family {family}, which takes {', '.join(own)}")
     if family == "var":
         return load_var_student(model, tokenizer, patch_nums, split)
-    if family != "llamagen":
-        raise ValueError(f"unknown family {family!r}; DD1 students are known for var and llamagen")
     return load_llamagen_student(model, tokenizer, n_head, block_size, split)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ddecode.arguments import shown
+from ddecode.arguments import check_kind, check_whole
 from ddecode.student import DD1Student, Student
 from ddecode.teacher import Recipe, Teacher
 from ddecode.types import Tokenizer
@@ -79,9 +79,8 @@ def check_tokenizer(config: TransformerConfig, tokenizer: Tokenizer) -> None:
     Raises:
         ValueError: it is none, or has other codes than the model.
     """
-    codes = getattr(tokenizer, "codebook_VC", None)
-    if codes is None:
-        raise ValueError(f"a model needs a tokenizer with its codebook, got {shown(tokenizer)}")
+    check_kind("a model's tokenizer", tokenizer, Tokenizer)
+    codes = tokenizer.codebook_VC
     if len(codes) != config.vocab_size or config.code_width not in (None, codes.shape[1]):
         ours = f"{config.vocab_size} codes" + (f" of width {config.code_width}" if config.code_width else "")
         raise ValueError(f"the model has {ours}, the tokenizer {len(codes)} of width {codes.shape[1]}")
@@ -137,6 +136,9 @@ def transformer_config(
         depth = count_of(state, "layers.")
     except ValueError as error:
         raise ValueError(f"this state is no LlamaGen transformer: {error}") from None
+    for name, value in (("n_head", n_head), ("block_size", block_size)):
+        if value is not None:
+            check_whole(name, value, 1)
     heads = PUBLISHED_HEADS.get((width, depth)) or max(1, width // 64)
     caption = state.get("cls_embedding.uncond_embedding")
     labels = state.get("cls_embedding.embedding_table.weight")

@@ -27,6 +27,8 @@ INSERTED = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoi
 """Parts of names that compiling and sharding put in, at any depth."""
 
 GROWING = b"bytearray"
+ZIP = b"PK\x03\x04"
+"""How zip files begin."""
 DEEPEST = 8
 """Wrappers inside each other."""
 
@@ -186,6 +188,8 @@ def check_growth(path: Path) -> None:
                 asks = any(GROWING in text for text in pickles)
         else:
             with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as text:
+                if text[:4] == ZIP:
+                    raise zipfile.BadZipFile("its end is missing, which torch would look for before its beginning")
                 asks = text.find(GROWING) >= 0
     except (zipfile.BadZipFile, EOFError, RuntimeError):
         raise ValueError(f"{path} cannot be read safely: it is damaged") from None

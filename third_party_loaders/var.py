@@ -72,7 +72,7 @@ def check_tokenizer(config: VARConfig, tokenizer: Tokenizer) -> MultiScaleVQ:
         ValueError: it is another, or of other scales or codes.
     """
     if not isinstance(tokenizer, MultiScaleVQ):
-        raise ValueError("a VAR model needs a VAR tokenizer, with residual scales")
+        raise ValueError(f"a VAR model needs a VAR tokenizer, with residual scales, got {shown(tokenizer)}")
     ours = (config.patch_nums, config.vocab_size, config.code_width)
     theirs = (tokenizer.config.patch_nums, *tokenizer.codebook_VC.shape)
     if ours != theirs:
@@ -152,7 +152,7 @@ def patch_nums_of(state: Mapping[str, Tensor], given: tuple[int, ...] | None, *,
         given = found or next(iter(fitting), None)
         if given is None:
             raise ValueError(f"no published patch_nums have {scales} scales and {length} tokens; give them")
-    if not isinstance(given, Sequence) or not all(isinstance(side, int) for side in given):
+    if not isinstance(given, Sequence) or not all(type(side) is int for side in given):
         raise ValueError(f"patch_nums must be a sequence of whole numbers, got {shown(given)}")
     given = tuple(given)
     if len(given) != scales or sum(n * n for n in given) != length or (found is not None and found != given):

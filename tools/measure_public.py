@@ -41,7 +41,12 @@ from third_party_loaders.published import (
     random_tokenizer,
 )
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {
+    "fp32": (torch.float32, torch.float32),
+    "mixed": (torch.float32, torch.bfloat16),
+    "bf16": (torch.bfloat16, torch.bfloat16),
+}
+"""Of our networks and our decoder."""
 WARM_UP = "warm-up/"
 PUBLIC_TEACHER, PUBLIC_STUDENT = "public teacher", "public DD1 student, 1 step"
 PUBLIC = {"teacher": PUBLIC_TEACHER, "student": PUBLIC_STUDENT}
@@ -55,7 +60,7 @@ class Row:
 
     name: str
     process: str
-    """Which process samples it: `public-teacher`, `public-student`, or `ours-DTYPE-eager|compiled`."""
+    """Which process samples it: `public-teacher`, `public-student`, or `ours-DTYPE-eager|compiled` (see `DTYPES`)."""
     steps: str
     """`teacher` or a number of student passes."""
 
@@ -69,7 +74,7 @@ def all_rows(*, compiled: bool) -> list[Row]:
     for mode in ("eager", "compiled") if compiled else ("eager",):
         for dtype in DTYPES:
             process = f"ours-{dtype}-{mode}"
-            if mode == "eager":
+            if mode == "eager" and dtype != "mixed":
                 rows.append(Row(name=f"our teacher, {dtype}", process=process, steps="teacher"))
             rows.append(Row(name=f"our student, 1 step, {dtype}, {mode}", process=process, steps="1"))
     return rows
@@ -102,15 +107,17 @@ def own_generator() -> torch.Generator:
 # --- samplers ------------------------------------------------------------------------------------------------------
 
 
-def our_samplers(architecture: Architecture, folder: Path, dtype: torch.dtype, *, compiled: bool) -> dict[str, Sampler]:
+def our_samplers(architecture: Architecture, folder: Path, dtype: str, *, compiled: bool) -> dict[str, Sampler]:
     """Teacher and student through the pipeline, as a user calls it."""
+    of_networks, of_decoder = DTYPES[dtype]
     states = [folder / f"{name}.pth" for name in ("teacher", "tokenizer")]
     teacher = (load_var if architecture.family == "var" else load_llamagen)(*states)
     split = torch.load(folder / "noise.pth")["split"]
     student = load_dd1_student(folder / "student.pth", teacher.tokenizer, architecture.family, split=split)  # type: ignore[arg-type]
     pipe = DistilledPipeline(
         tokenizer=teacher.tokenizer, teacher=teacher, student=student, recipe=architecture.recipe
-    ).to(dtype)
+    ).to(of_networks)
+    pipe.tokenizer.decoder.to(of_decoder)  # type: ignore[attr-defined]
     pipe.set_progress_bar_config(disable=True)
     if compiled:
         pipe.compile()
@@ -130,7 +137,7 @@ def serve(process: str, architecture: Architecture, folder: Path, clone: Path | 
     with redirect_stdout(sys.stderr), torch.no_grad():
         if process.startswith("ours-"):
             _, dtype, mode = process.split("-")
-            samplers = our_samplers(architecture, folder, DTYPES[dtype], compiled=mode == "compiled")
+            samplers = our_samplers(architecture, folder, dtype, compiled=mode == "compiled")
         else:
             assert clone is not None
             samplers = public_samplers(process, architecture, folder, clone)

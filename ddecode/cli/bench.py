@@ -138,7 +138,7 @@ def open_models(args: argparse.Namespace, plans: Sequence[int | str]) -> Distill
         return open_pipeline(args)
     if args.others:
         raise ValueError(f"--with is for a MODEL; with --arch plans know teacher, student, {SMALL} and {LIGHT}")
-    return random_pipeline(args.arch, plans, layers=args.layers)
+    return random_pipeline(args.arch, plans, layers=args.layers, dtype=DTYPES[args.dtype])
 
 
 def parse_batches(texts: Sequence[str]) -> list[int]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ddecode.arguments import check_whole
+from ddecode.arguments import as_path, check_whole
 from ddecode.checkpoint import loaders, save_tensors, zoo_folder
 from ddecode.config import build
 from ddecode.files import read_json, read_tensors, write_aside
@@ -123,12 +123,13 @@ def save_features(folder: Path, network: FeatureNetwork, **facts: object) -> Non
     write_aside(folder / "config.json", (json.dumps(sizes | facts, indent=2) + "\n").encode())
 
 
-def load_features(folder: Path) -> FeatureNetwork:
+def load_features(folder: str | Path) -> FeatureNetwork:
     """A frozen feature network from `config.json` and `model.safetensors`, in evaluation mode, fp32.
 
     Raises:
         ValueError: the folder holds none, or it is damaged.
     """
+    folder = as_path("a folder of features", folder)
     path = folder / "config.json"
     if not path.is_file():
         raise ValueError(f"no feature network in {folder}")

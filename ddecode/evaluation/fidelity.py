@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ddecode.arguments import shown
 from ddecode.checkpoint import loaders
 from ddecode.files import file_hash
 
@@ -175,7 +176,12 @@ def kernel_distance(features_NF: Tensor, real_NF: Tensor) -> Estimate:
 
 
 def check_enough(*sets: Tensor) -> None:
-    """Raises ValueError: a set has fewer images than the metrics need."""
+    """Raises ValueError: a set has fewer images than the metrics need, or no finite numbers of one width for each."""
+    for x in sets:
+        if not isinstance(x, Tensor) or not x.is_floating_point() or x.dim() != 2 or not x.isfinite().all():
+            raise ValueError(f"features must be a finite float tensor [N, F], got {shown(x)}")
+    if len(widths := {x.shape[1] for x in sets}) > 1:
+        raise ValueError(f"features must be of one width, got {sorted(widths)}")
     if (fewest := min(map(len, sets))) < LEAST:
         raise ValueError(f"these metrics need at least {LEAST} images, got {fewest}")
 

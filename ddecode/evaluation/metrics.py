@@ -4,8 +4,11 @@ N samples, F feature width; everything in float64.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+
+from ddecode.arguments import check_kind, shown
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,16 +19,28 @@ class Gaussian:
     covariance_FF: np.ndarray
 
 
+def as_features(features_NF: Any) -> np.ndarray:
+    """float64 [N,F].
+
+    Raises:
+        ValueError: they are no matrix of finite numbers.
+    """
+    features = np.asarray(features_NF, np.float64)
+    if features.ndim != 2 or not features.shape[1] or not np.isfinite(features).all():
+        raise ValueError(f"features must be finite numbers [N, F], got {shown(features_NF)}")
+    return features
+
+
 def fit_gaussian(features_NF: np.ndarray) -> Gaussian:
     """Sample mean and unbiased covariance.
 
     Raises:
-        ValueError: fewer than two samples.
+        ValueError: fewer than two samples, or features that are not finite.
     """
-    if len(features_NF) < 2:
-        raise ValueError(f"a covariance needs at least 2 samples, got {len(features_NF)}")
-    features = np.asarray(features_NF, np.float64)
-    return Gaussian(mean_F=features.mean(0), covariance_FF=np.cov(features, rowvar=False))
+    features = as_features(features_NF)
+    if len(features) < 2:
+        raise ValueError(f"a covariance needs at least 2 samples, got {len(features)}")
+    return Gaussian(mean_F=features.mean(0), covariance_FF=np.atleast_2d(np.cov(features, rowvar=False)))
 
 
 class RunningMoments:
@@ -63,7 +78,14 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float:
     """Fréchet distance of two Gaussians (Heusel et al. 2017, eq. 6).
 
     |mu_a - mu_b|^2 + tr(A + B - 2 (A^1/2 B A^1/2)^1/2); the symmetric form keeps every root real.
+
+    Raises:
+        ValueError: they are of other widths.
     """
+    for gaussian in (a, b):
+        check_kind("what is compared", gaussian, Gaussian)
+    if a.mean_F.shape != b.mean_F.shape:
+        raise ValueError(f"a Fréchet distance is of features of one width, got {a.mean_F.size} and {b.mean_F.size}")
     values, vectors = np.linalg.eigh(a.covariance_FF)
     root_a = (vectors * np.sqrt(values.clip(min=0))) @ vectors.T
     cross = np.linalg.eigvalsh(root_a @ b.covariance_FF @ root_a)
@@ -81,8 +103,14 @@ def control_share(student: float, floor: float, control: float) -> float:
 
 
 def intra_class_variance(features_NF: np.ndarray, labels_N: np.ndarray) -> float:
-    """Trace of the feature covariance inside a class, averaged over the classes present."""
-    features = np.asarray(features_NF, np.float64)
+    """Trace of the feature covariance inside a class, averaged over the classes present.
+
+    Raises:
+        ValueError: features are not finite, labels are not one for each, or no class has two samples.
+    """
+    features, labels_N = as_features(features_NF), np.asarray(labels_N)
+    if labels_N.shape != (len(features),):
+        raise ValueError(f"{len(features)} samples need a label each, got labels {shown(labels_N)}")
     per_class = [
         features[labels_N == label].var(0, ddof=1).sum()
         for label in np.unique(labels_N)

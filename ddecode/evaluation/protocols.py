@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
+from ddecode.arguments import check_kind, check_whole
 from ddecode.evaluation.blocks import NOT_KEPT, Block, Blocks, counted, progress_bar
 from ddecode.evaluation.fidelity import LEAST, Extractor, Resize, inception_score, kernel_distance, precision_recall
 from ddecode.evaluation.metrics import frechet_distance
@@ -142,6 +143,8 @@ def evaluate(
     Raises:
         ValueError: num is too small or, with balanced labels, no multiple of the number of classes.
     """
+    for plan in plans.values():
+        check_kind("a plan", plan, Plan)
     labelling = inspector.protocol.labelling
     check_num(num, pipe.num_classes, inspector.protocol)
     labels_N = draw_labels(range(pipe.num_classes), num, labelling=labelling, seed=seed)
@@ -171,8 +174,7 @@ def check_num(num: int, num_classes: int, protocol: Protocol) -> None:
     Raises:
         ValueError: num is too small for the metrics, or gives classes unequal shares where they are to be equal.
     """
-    if num < LEAST:
-        raise ValueError(f"--num must be at least {LEAST}, got {num}")
+    check_whole("--num", num, LEAST)
     if protocol.labelling == "balanced" and num % num_classes:
         raise ValueError(f"protocol {protocol.name}: --num must be a multiple of the {num_classes} classes, got {num}")
 

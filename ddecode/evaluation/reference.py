@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ddecode.checkpoint import loaders
 from ddecode.evaluation.blocks import Block, counted, progress_bar
 from ddecode.evaluation.fidelity import LEAST, Extractor
 from ddecode.evaluation.metrics import Gaussian, RunningMoments
@@ -110,6 +111,7 @@ def read_statistics(path: Path) -> Gaussian | None:
             with np.load(path) as file:
                 arrays = {name: file[name] for name in ("mu", "sigma") if name in file.files}
         else:
+            loaders().state.check_growth(path)
             with torch.serialization.safe_globals(array_globals()):
                 arrays = torch.load(path, map_location="cpu", weights_only=True)
         for mean, covariance in (("mu", "sigma"), ("m", "s")):

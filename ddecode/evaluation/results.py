@@ -11,6 +11,7 @@ from typing import Any, get_type_hints
 import numpy as np
 
 from ddecode import __version__
+from ddecode.arguments import as_path
 from ddecode.config import build
 from ddecode.files import read_json
 
@@ -58,13 +59,13 @@ def as_json(result: Result) -> str:
     return json.dumps(dataclasses.asdict(result))
 
 
-def read_result(path: Path) -> dict[str, Any]:
+def read_result(path: str | Path) -> dict[str, Any]:
     """A result as `as_json` wrote it.
 
     Raises:
         ValueError: the file is missing or no result.
     """
-    result = read_json(path)
+    result = read_json(as_path("a result", path))
     needed = {field.name for field in dataclasses.fields(Result)} | {"rows"}
     if not isinstance(result, dict) or not needed <= result.keys() or not are_rows(result["rows"]):
         raise ValueError(f"{path} is no result of ddecode eval")

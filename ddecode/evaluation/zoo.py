@@ -28,6 +28,7 @@ import torch
 from safetensors.numpy import save
 from torch import Tensor
 
+from ddecode.arguments import LARGEST_SEED, check_kind, check_pictures, check_whole
 from ddecode.config import as_dict
 from ddecode.evaluation.blocks import NOT_KEPT, Block, Blocks, counted, joined, progress_bar
 from ddecode.evaluation.features import FeatureNetwork, load_features
@@ -78,22 +79,29 @@ class Judge:
     """Of both."""
 
     @classmethod
-    def open(cls, folder: Path) -> "Judge":
+    def open(cls, folder: str | Path) -> "Judge":
         """Raises ValueError: the folder lacks the network or the statistics."""
-        network = load_features(folder)
+        network, folder = load_features(folder), Path(folder)
         path = folder / "statistics.safetensors"
         if not path.is_file():
             raise ValueError(f"no statistics of real images in {folder}")
         statistics, width = read_tensors(path), network.widths[-1]
         if {n: tuple(t.shape) for n, t in statistics.items()} != {"mean": (width,), "covariance": (width, width)}:
             raise ValueError(f"{path} does not belong to the network beside it: expected a mean of {width} features")
+        if not all(t.is_floating_point() and t.isfinite().all() for t in statistics.values()):
+            raise ValueError(f"{path} is damaged: its statistics are not finite")
         digest = hashlib.sha256((folder / "model.safetensors").read_bytes() + path.read_bytes()).hexdigest()
         real = Gaussian(mean_F=statistics["mean"].numpy(), covariance_FF=statistics["covariance"].numpy())
         return cls(network=network, real=real, hash=digest[:16])
 
     @torch.no_grad()
     def look(self, images_NHW3: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """uint8 images to features fp32 [N,F] and predicted classes int64 [N]."""
+        """uint8 images to features fp32 [N,F] and predicted classes int64 [N].
+
+        Raises:
+            ValueError: the images are no uint8 array, or none.
+        """
+        check_pictures(images_NHW3)
         features, predicted = [], []
         for chunk in torch.from_numpy(images_NHW3).split(250):
             maps = self.network(chunk.permute(0, 3, 1, 2).float() / 127.5 - 1)
@@ -153,6 +161,10 @@ def evaluate(
     """
     if pipe.num_classes > judge.network.num_classes:
         raise ValueError(f"the feature network knows {judge.network.num_classes} classes, the model {pipe.num_classes}")
+    for plan in plans.values():
+        check_kind("a plan", plan, Plan)
+    check_whole("--num", num, 1)
+    check_whole("--seed", seed, 0, LARGEST_SEED)
     if num < 2 * pipe.num_classes:
         raise ValueError(f"--num must be at least {2 * pipe.num_classes}, two for each class, got {num}")
     labels_N = np.arange(num) % pipe.num_classes

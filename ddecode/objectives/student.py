@@ -85,7 +85,13 @@ class StudentObjective(Objective):
         if config.energy and any(config.energy_memory):
             assert features is not None
             theirs, ours = (batches * config.image_batch for batches in config.energy_memory)
-            remembered = RememberedEnergy(features.descriptor_width, theirs=theirs, ours=ours)
+            remembered = RememberedEnergy(
+                features.descriptor_width,
+                theirs=theirs,
+                ours=ours,
+                kinds=2 * len(student.starts) - 1,
+                spread_rate=config.energy_spread,
+            )
             self.critics["energy"] = remembered.to(student.device)
         if config.image_batch % world():
             raise ValueError(f"objective.image_batch {config.image_batch} does not divide over {world()} processes")
@@ -142,8 +148,9 @@ class StudentObjective(Objective):
         emitted_BLC = student.emitted(seen, sequence_BLC[few])
         emitted_BLC = torch.where(open_BL[few][..., None], emitted_BLC, prefix_BLC[few])
         if sees_images:
+            kind_B = 2 * chosen_B - own_B.long()  # of starts, and of two ways to come to all but the first of them
             terms, seen_metrics = self.image_terms(
-                emitted_BLC, codes_BLC[few], labels_B[few], own_B[few], generator, progress
+                emitted_BLC, codes_BLC[few], labels_B[few], own_B[few], kind_B[few], generator, progress
             )
             loss = loss + terms
             metrics |= seen_metrics
@@ -222,12 +229,14 @@ class StudentObjective(Objective):
         codes_BLC: Tensor,
         labels_B: Tensor,
         own_B: Tensor,
+        kind_B: Tensor,
         generator: torch.Generator,
         progress: float,
     ) -> tuple[Tensor, Metrics]:
         """The terms that see decoded output.
 
         Of the samples in `own_B` the student emitted all, its prefix too, so that they have no teacher's image each.
+        `kind_B` is the start of each, and whose prefix is before it.
         """
         perceptual, energy, adversarial = self.image_weights(progress)
         ours = self.look(emitted_BLC)
@@ -238,7 +247,8 @@ class StudentObjective(Objective):
             gap = mean_of_all(perceptual_gap(ours, theirs)[~own_B].sum(), (~own_B).sum())
             described = of_all(ours.descriptors()), of_all(theirs.descriptors())
             if "energy" in self.critics:
-                distance = self.critics["energy"](*described, of_all(labels_B))
+                distance, spreads = self.critics["energy"](*described, of_all(labels_B), of_all(kind_B))
+                metrics |= spreads
             else:
                 distance = energy_distance(*standardise(*described), of_all(labels_B))
             loss = loss + perceptual * gap + energy * distance
