@@ -196,6 +196,17 @@ def test_bf16_pictures_of_a_bundled_model_are_those_of_fp32_to_one_percent(name:
     assert 0 < (draw() - exact).abs().mean() < 0.01
 
 
+@pytest.mark.parametrize("family", ["llamagen", "var"])
+def test_a_decoder_in_half_precision_leaves_the_tokens_as_they_are(family: str) -> None:
+    pipe = pipeline_of(family, "split")
+    codes = pipe([0, 1], generator=seeded(0), output_type="latent").images
+    exact = pipe.decode(codes)
+    pipe.tokenizer.decoder.to(torch.bfloat16)
+    assert pipe.dtype == torch.float32
+    assert torch.equal(pipe([0, 1], generator=seeded(0), output_type="latent").images, codes)
+    assert 0 < (pipe.decode(codes) - exact).abs().max() < 0.05 * exact.abs().max()
+
+
 @pytest.mark.parametrize(("family", "kind"), [("llamagen", "split"), ("var", "drafts")])
 def test_compiled_students_equal_eager_ones(family: str, kind: str) -> None:
     """With all that dynamo does and no code generated: that takes long, and no part of it is ours."""

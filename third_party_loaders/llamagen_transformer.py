@@ -65,7 +65,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         normed = F.rms_norm(x.float(), (x.shape[-1],), eps=self.eps)
-        return (normed * self.weight).type_as(self.weight)
+        return normed.type_as(x) * self.weight
 
 
 class FeedForward(nn.Module):
@@ -306,7 +306,7 @@ class LlamaGenTransformer(nn.Module):
         seen = 0 if cache is None else cache.length
         stop = seen + inputs_BND.shape[1]
         mask = self.attention_mask(seen, stop, condition.mask_BP, inputs_BND.device)
-        h = inputs_BND.float()  # a sum over all layers: half precision would round it at each of them
+        h = inputs_BND
         for i in range(self.depth) if blocks is None else blocks:
             layer = self.layers[i]
             h = layer(h, self.factors[seen:stop], mask, i, cache, None if residuals is None else residuals[i])

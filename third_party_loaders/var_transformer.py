@@ -305,7 +305,7 @@ class VARTransformer(nn.Module):
         seen = 0 if cache is None else cache.length
         stop = seen + inputs_BND.shape[1]
         mask = self.attention_mask(seen, stop)
-        h = inputs_BND.float()  # a sum over all layers: half precision would round it at each of them
+        h = inputs_BND
         for i in range(self.depth) if blocks is None else blocks:
             block = self.blocks[i]
             h = block(h, condition.modulation[i], mask, i, cache, None if residuals is None else residuals[i])
