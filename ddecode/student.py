@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from ddecode.arguments import INTEGERS, MOST, check_labels, check_vectors, check_whole, shown
 from ddecode.teacher import Teacher
+from ddecode.typed import build
 from ddecode.types import Backbone, Condition, Labels, Prediction, Tokenizer
 
 
@@ -41,15 +42,19 @@ class Student(nn.Module, ABC):
     Args:
         backbone: the teacher's kind of backbone.
         tokenizer: the teacher's; held for its codebook and for decoding, not trained, not in the state dict.
-        starts: numbers of resolved tokens it was trained to continue from.
+        starts: numbers of resolved tokens it was trained to continue from; 0, then rising.
+
+    Raises:
+        ValueError: starts are others.
     """
 
     def __init__(self, backbone: Backbone, tokenizer: Tokenizer, *, starts: tuple[int, ...]) -> None:
         super().__init__()
         assert isinstance(backbone, nn.Module)
         self.length = sum(backbone.steps)
-        if any(not 0 <= start < self.length for start in starts):
-            raise ValueError(f"starts must lie in 0..{self.length - 1}, got {list(starts)}")
+        starts = build(tuple[int, ...], starts, "starts")
+        if not starts or starts[0] != 0 or list(starts) != sorted(set(starts)) or starts[-1] >= self.length:
+            raise ValueError(f"starts must begin with 0 and rise, below {self.length}, got {list(starts)}")
         self.backbone = backbone
         self._tokenizer = [tokenizer]  # in a list, so that its weights are not this module's
         self.starts = starts
