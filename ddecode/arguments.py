@@ -135,17 +135,17 @@ def check_ids(ids_BL: Any, vocab_size: int, length: int | None = None) -> None:
         raise ValueError(f"ids must lie in 0..{vocab_size - 1}, got {int(ids_BL.min())}..{int(ids_BL.max())}")
 
 
-def check_images(images_B3HW: Any, multiple: int) -> None:
+def check_images(images_B3HW: Any, multiple: int, *, finite: bool = True) -> None:
     """
     Raises:
-        ValueError: it is no finite floating tensor [B, 3, H, W] with sides that `multiple` divides.
+        ValueError: it is no floating tensor [B, 3, H, W] with sides that `multiple` divides, or not `finite`.
     """
     fits = isinstance(images_B3HW, Tensor) and images_B3HW.is_floating_point() and images_B3HW.dim() == 4
     if not fits or images_B3HW.shape[1] != 3 or images_B3HW.is_meta:
         raise ValueError(f"images must be floats [B, 3, H, W] in [-1, 1], got {shown(images_B3HW)}")
     if any(side < 1 or side % multiple for side in images_B3HW.shape[2:]):
         raise ValueError(f"sides of images must be multiples of {multiple}, got {list(images_B3HW.shape[2:])}")
-    if not images_B3HW.isfinite().all():
+    if finite and not images_B3HW.isfinite().all():
         raise ValueError("images must be finite, and hold NaN or infinity")
 
 
@@ -160,7 +160,7 @@ def check_pictures(images_NHW3: Any) -> None:
 
 
 def check_labels(class_labels: Labels, batch: int | None, num_classes: int, device: torch.device) -> Any:
-    """Class labels as int64 [B] on `device`; a `(features, mask)` caption passes through.
+    """Class labels as int64 [B] on `device`, or captions; see `check_captions`.
 
     Args:
         class_labels: int (one sample, or repeated to `batch`), sequence of ints, or integer tensor [B].
@@ -169,8 +169,8 @@ def check_labels(class_labels: Labels, batch: int | None, num_classes: int, devi
     Raises:
         ValueError: out of 0..num_classes (the last is unconditional), not integers, or another batch size.
     """
-    if isinstance(class_labels, tuple) and class_labels and isinstance(class_labels[0], Tensor):
-        return tuple(part.to(device) for part in class_labels)
+    if isinstance(class_labels, tuple) and any(isinstance(part, Tensor) for part in class_labels):
+        return check_captions(class_labels, batch, device)
     if isinstance(class_labels, int | np.integer):
         class_labels = [int(class_labels) if isinstance(class_labels, np.integer) else class_labels] * (batch or 1)
     if isinstance(class_labels, Tensor):
@@ -190,6 +190,31 @@ def check_labels(class_labels: Labels, batch: int | None, num_classes: int, devi
     if batch is not None and len(labels) != batch:
         raise ValueError(f"{len(labels)} class labels for a batch of {batch}")
     return labels.to(device=device, dtype=torch.int64)
+
+
+def check_captions(captions: Any, batch: int | None, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Captions on `device`, features fp32 [B,P,E] and mask [B,P]; the model they condition knows P and E.
+
+    Args:
+        captions: floating features and a mask of 0 and 1, of any dtype.
+        batch: expected B; None takes what is given.
+
+    Raises:
+        ValueError: they are of another kind, empty or not finite, or of another batch size.
+    """
+    floats = [isinstance(part, Tensor) and part.is_floating_point() and not part.is_meta for part in captions[:1]]
+    masks = [isinstance(part, Tensor) and not part.is_complex() and not part.is_meta for part in captions[1:]]
+    if floats != [True] or masks != [True] or captions[0].dim() != 3 or captions[1].shape != captions[0].shape[:2]:
+        given = ", ".join(map(shown, captions))
+        raise ValueError(f"captions must be (features, mask), floats [B, P, E] and [B, P], got ({given})")
+    features_BPE, mask_BP = captions
+    if not len(features_BPE) or not features_BPE.isfinite().all():
+        raise ValueError(f"features of captions must be finite, and one at least, got {shown(features_BPE)}")
+    if not ((mask_BP == 0) | (mask_BP == 1)).all():
+        raise ValueError("masks of captions must be 1 for a token and 0 elsewhere, and hold other numbers")
+    if batch is not None and len(features_BPE) != batch:
+        raise ValueError(f"{len(features_BPE)} captions for a batch of {batch}")
+    return features_BPE.to(device=device, dtype=torch.float32), mask_BP.to(device)
 
 
 def check_above(name: str, value: float) -> None:

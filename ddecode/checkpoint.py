@@ -92,6 +92,12 @@ class HubAccess:
     local_files_only: bool = False
     """Take what the cache holds and leave the network alone, as `HF_HUB_OFFLINE=1` does."""
 
+    def __post_init__(self) -> None:
+        check_kind("revision", self.revision, str, type(None))
+        check_kind("cache_dir", self.cache_dir, str, Path, type(None))
+        check_kind("token", self.token, str, bool, type(None))
+        check_kind("local_files_only", self.local_files_only, bool)
+
 
 class UploadOptions(TypedDict, total=False):
     """See `upload`."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from ddecode.arguments import LARGEST_SEED, check_above, check_finite, check_whole, shown
+from ddecode.arguments import LARGEST_SEED, check_above, check_finite, check_kind, check_whole, shown
 from ddecode.teacher import Recipe
 from ddecode.typed import build, settle
 from ddecode.weight import Weight, check_weight
@@ -331,6 +331,7 @@ def read_config(path: Path, config_type: type[T], overrides: Sequence[str] = ())
     if not isinstance(tree, dict):
         raise ValueError(f"{path} must hold a mapping of keys to values")
     for override in overrides:
+        check_kind("an override", override, str)
         key, found, text = override.partition("=")
         if not found:
             raise ValueError(f"override {override!r} must read key.path=value")

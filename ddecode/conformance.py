@@ -103,7 +103,10 @@ def check_student_backbone(backbone: Any, codebook_VC: Tensor, *, seed: int = 0)
             return backbone.logits(backbone.hidden(inputs_BND, condition)[:, -sum(steps) :], condition)
 
     expected = [BATCH, sum(steps), backbone.width]
-    got = list(backbone.vector_inputs(sequence_BLC).shape)
+    try:
+        got = list(backbone.vector_inputs(sequence_BLC).shape)
+    except (RuntimeError, IndexError, TypeError, NotImplementedError) as error:  # a teacher's, which reads ids, say
+        raise ValueError(f"vector_inputs does not take code vectors {list(sequence_BLC.shape)}") from error
     demand(got == expected, f"vector_inputs must give {expected}, one vector for each of the sequence, got {got}")
     logits_BLV = read(sequence_BLC)
     for begin, end in step_ranges(steps):

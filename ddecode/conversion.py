@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ddecode.arguments import as_path
+from ddecode.arguments import as_path, check_kind
 from ddecode.checkpoint import ModelFolder, bundled_models, download, family_module, loaders, save_tensors, write_model
 from ddecode.config import StudentConfig, build
 from ddecode.files import read_json
@@ -60,7 +60,9 @@ def convert(
         ValueError: `source` is something else, its keys are missing, extra or misshapen, an option does not apply, or
             `out` is there already.
     """
-    source, out, options = str(as_path("what to convert", source)), as_path("--out", out), options or Options()
+    check_kind("options", options, Options, type(None))
+    check_kind("what to convert", source, str, Path)
+    source, out, options = str(source), as_path("--out", out), options or Options()  # a name of the hub is no path
     model = open_model(source)
     if model is None:
         return to_folder(source, kind, out, tokenizer, options)

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ddecode.arguments import check_whole, shown
+from ddecode.arguments import check_ids, check_kind, check_whole, shown
 from ddecode.linear import linear
 from ddecode.randomness import draw
 
@@ -236,9 +236,16 @@ def tokens_to_noise(
     Returns:
         fp32 [B,L,C]. `noise_to_tokens` sends nearly all rows back to their token, as many as its own number of
         evaluations allows.
+
+    Raises:
+        ValueError: an id is no code's, or shapes do not match.
     """
-    B, L = ids_BL.shape
+    check_kind("grid", grid, FlowGrid)
     V, C = codebook_VC.shape
+    check_ids(ids_BL, V)
+    B, L = ids_BL.shape
+    if not isinstance(log_probs_BLV, Tensor) or log_probs_BLV.shape != (B, L, V):
+        raise ValueError(f"log_probs must be {(B, L, V)}, one per code, got {shown(log_probs_BLV)}")
     codes = centred(codebook_VC)
     eps_BLC = draw(torch.randn, (B, L, C), generator).to(ids_BL.device)
     z_RC = (eps_BLC + grid.s[-1] * codes[ids_BL]).view(-1, C)

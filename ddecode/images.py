@@ -20,7 +20,7 @@ import torch
 from PIL import Image, PngImagePlugin
 from torch import Tensor
 
-from ddecode.arguments import check_pictures, check_whole
+from ddecode.arguments import as_path, check_images, check_pictures, check_whole
 from ddecode.files import check_room, opened_aside, write_aside
 
 OutputType = Literal["pil", "np", "pt", "latent"]
@@ -48,7 +48,12 @@ def to_output(images_B3HW: Tensor, output_type: OutputType) -> Any:
 
 
 def to_uint8(images_B3HW: Tensor) -> np.ndarray:
-    """fp32 [B,3,H,W] in [-1,1] to uint8 [B,H,W,3]: round((x + 1) * 127.5)."""
+    """Floats [B,3,H,W] in [-1,1] to uint8 [B,H,W,3]: round((x + 1) * 127.5).
+
+    Raises:
+        ValueError: they are something else.
+    """
+    check_images(images_B3HW, 1, finite=False)
     scaled = ((images_B3HW.float().clamp(-1, 1) + 1) * 127.5).round()
     return scaled.to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu().numpy()
 
@@ -137,30 +142,41 @@ def check_out(out: Path) -> None:
     check_room(out, "--out")
 
 
-def write_grid(path: Path, images: Iterable[np.ndarray], labels_N: np.ndarray) -> None:
+def write_grid(path: str | Path, images: Iterable[np.ndarray], labels_N: np.ndarray) -> None:
     """One PNG of all images, small ones enlarged; labels do not show."""
+    path = as_path("the picture", path)
     images_NHW3 = np.concatenate(list(images))
     path.parent.mkdir(parents=True, exist_ok=True)
     write_aside(path, png(grid(images_NHW3, scale=max(1, 96 // images_NHW3.shape[1]))))
 
 
-def write_npz(path: Path, images: Iterable[np.ndarray], labels_N: np.ndarray) -> None:
+def write_npz(path: str | Path, images: Iterable[np.ndarray], labels_N: np.ndarray) -> None:
     """The arrays that guided-diffusion's sampler writes and its evaluator reads.
 
     Args:
         path: its folder is made if missing.
         images: batches, uint8 [B,H,W,3]; together `arr_0`, uint8 [N,H,W,3].
         labels_N: int64; `arr_1`, as upstream, and once more under the name `labels`.
+
+    Raises:
+        ValueError: the images are of another kind or size, or not as many as the labels.
     """
+    path, written = as_path("the arrays", path), 0
     path.parent.mkdir(parents=True, exist_ok=True)
     with opened_aside(path) as stream, zipfile.ZipFile(stream, "w") as archive:
         with archive.open("arr_0.npy", "w", force_zip64=True) as entry:
-            for i, images_BHW3 in enumerate(images):
-                if i == 0:
+            for images_BHW3 in images:
+                check_pictures(images_BHW3)
+                if not written:
                     shape = (len(labels_N), *images_BHW3.shape[1:])
                     header = {"descr": "|u1", "fortran_order": False, "shape": shape}
                     np.lib.format.write_array_header_1_0(entry, header)
+                if images_BHW3.shape[1:] != shape[1:]:
+                    raise ValueError(f"images must be of one size, got {images_BHW3.shape[1:3]} after {shape[1:3]}")
                 entry.write(images_BHW3.tobytes())
+                written += len(images_BHW3)
+            if written != len(labels_N):
+                raise ValueError(f"{len(labels_N)} labels for {written} images")
         for name in ("arr_1", "labels"):
             with archive.open(f"{name}.npy", "w") as entry:
                 np.lib.format.write_array(entry, np.asarray(labels_N, np.int64))
@@ -181,11 +197,12 @@ class ImageSet:
     """What `ddecode sample` says of them."""
 
     @classmethod
-    def open(cls, path: Path) -> "ImageSet":
+    def open(cls, path: str | Path) -> "ImageSet":
         """
         Raises:
             ValueError: there are no images, or they are damaged or incomplete.
         """
+        path = as_path("a set of images", path)
         if path.suffix == ".npz":
             with opened_array(path) as (_, shape):
                 return cls(path=path, num=shape[0], labels_N=npz_labels(path, shape[0]), note=None)

@@ -18,6 +18,8 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
+from ddecode.arguments import as_path
+
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 SHOWN = 5
 """Files that a refusal names."""
@@ -38,7 +40,7 @@ class LabelledImages:
     """Those of the sub-folders; empty where there are none."""
 
     @classmethod
-    def open(cls, folder: Path, num_classes: int | None = None) -> "LabelledImages":
+    def open(cls, folder: str | Path, num_classes: int | None = None) -> "LabelledImages":
         """Sub-folders are the classes 0..K-1 in the order of their names; images may lie at any depth in them.
 
         Files and folders whose names begin with a dot, and files that are no images by their suffix, are passed over.
@@ -51,6 +53,7 @@ class LabelledImages:
             ValueError: there is no such folder, it has another number of classes, a class has no image, or images lie
                 beside the classes.
         """
+        folder = as_path("a folder of images", folder)
         if not folder.is_dir():
             raise ValueError(f"there is no folder {folder}")
         classes = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))

@@ -8,6 +8,7 @@ from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import BinaryIO
 
+from ddecode.arguments import check_kind
 from ddecode.processes import launch, meet, rank
 
 NAME = ".lock"
@@ -23,8 +24,11 @@ def held(folder: Path) -> Iterator[None]:
         folder: made if missing; where nothing is written, it is gone again afterwards.
 
     Raises:
-        ValueError: another run is at work there.
+        ValueError: another run is at work there, or it is a file.
     """
+    check_kind("a folder to write in", folder, Path)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file; give a folder")
     launch()
     with locked(folder) if rank() == 0 else nullcontext():
         meet()

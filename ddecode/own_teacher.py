@@ -21,6 +21,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import update_bn
 
+from ddecode.arguments import as_path, check_kind
 from ddecode.checkpoint import family_module, save_model
 from ddecode.config import TrainingConfig, as_dict, build
 from ddecode.evaluation.features import FeatureNetwork, load_features, save_features
@@ -273,7 +274,7 @@ def sampled(teacher: Teacher, kept_out: TokenSamples) -> tuple[np.ndarray, dict[
 
 
 def train_teacher(
-    config: OwnTeacherConfig, folder: Path, out: Path, *, resume: bool = False, show_progress: bool = True
+    config: OwnTeacherConfig, folder: str | Path, out: str | Path, *, resume: bool = False, show_progress: bool = True
 ) -> Path:
     """Train all of a teacher on a folder of images and write the model folder.
 
@@ -291,6 +292,8 @@ def train_teacher(
             work there or is of another config; more than one process.
         OSError: the disk is full, say.
     """
+    check_kind("config", config, OwnTeacherConfig)
+    folder, out = as_path("a folder of images", folder), as_path("a run's folder", out)
     if launch().num_processes > 1:
         raise ValueError("a teacher of one's own images is trained by one process")
     check_models(config)  # before anything is read

@@ -21,7 +21,7 @@ from safetensors.torch import save
 from torch import Tensor
 from tqdm import tqdm
 
-from ddecode.arguments import LARGEST_SEED, as_path, check_kind, check_whole
+from ddecode.arguments import LARGEST_SEED, as_path, check_kind, check_whole, shown
 from ddecode.config import PairsConfig, as_dict, build
 from ddecode.files import read_json, write_aside
 from ddecode.locks import held
@@ -238,12 +238,13 @@ def checksum(tensors: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def read_shard(path: Path) -> dict[str, Tensor]:
+def read_shard(path: str | Path) -> dict[str, Tensor]:
     """ids int32 [N,L], labels int32 [N], seeds int64 [N], checked against the checksum.
 
     Raises:
         ValueError: the shard is missing or damaged.
     """
+    path = as_path("a pair shard", path)
     if not path.is_file():
         raise ValueError(f"pair shard {path} is missing; run ddecode pairs again to make it")
     try:
@@ -303,7 +304,15 @@ class Pairs:
         return self.manifest.length, self.manifest.code_width, self.manifest.num_classes
 
     def batch(self, indices: list[int]) -> tuple[Tensor, Tensor, Tensor]:
-        """noise fp32 [B,L,C], ids int64 [B,L], labels int64 [B]."""
+        """noise fp32 [B,L,C], ids int64 [B,L], labels int64 [B].
+
+        Raises:
+            ValueError: an index is of no pair.
+        """
+        if not isinstance(indices, list) or not indices:
+            raise ValueError(f"indices must be a list of whole numbers, got {shown(indices)}")
+        for index in indices:
+            check_whole("an index of a pair", index, 0, len(self) - 1)
         noise = noise_of(self.seeds_N[indices].tolist(), (self.manifest.length, self.manifest.code_width))
         return noise, self.ids_NL[indices].long(), self.labels_N[indices].long()
 

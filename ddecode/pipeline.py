@@ -70,6 +70,7 @@ class DistilledPipeline:
         check_kind("others", others, Mapping, type(None))
         check_kind("recipe", recipe, Recipe, type(None))
         check_kind("notes", notes, Mapping, type(None))
+        check_kind("training_recipe", training_recipe, str, type(None))
         check_members(tokenizer, student, teacher, others or {})
         self.tokenizer, self.student, self.teacher = tokenizer, student, teacher
         self.others = dict(others or {})

@@ -152,7 +152,14 @@ def draw(pipe: DistilledPipeline, plan: Plan, labels_N: np.ndarray, part: range,
 def draw_all(
     pipe: DistilledPipeline, plan: Plan, labels_N: np.ndarray, *, seed: int, batch: int, show_progress: bool = True
 ) -> Iterator[np.ndarray]:
-    """The images of a set in order, a batch at a time; the processes of a launch make one each in turn."""
+    """The images of a set in order, a batch at a time; the processes of a launch make one each in turn.
+
+    Raises:
+        ValueError: one of the arguments is of another kind, or a label is no class.
+    """
+    check_kind("pipe", pipe, DistilledPipeline)
+    check_kind("labels", labels_N, np.ndarray)
+    check_whole("seed", seed, 0, LARGEST_SEED)
     parts = batches_of(len(labels_N), batch)
     made = in_turn(lambda part: draw(pipe, plan, labels_N, part, seed), parts)
     with tqdm(total=len(labels_N), unit="img", disable=not show_progress or rank() > 0, leave=False) as bar:

@@ -42,7 +42,7 @@ class Student(nn.Module, ABC):
     Args:
         backbone: the teacher's kind of backbone.
         tokenizer: the teacher's; held for its codebook and for decoding, not trained, not in the state dict.
-        starts: numbers of resolved tokens it was trained to continue from; 0, then rising.
+        starts: numbers of resolved tokens it was trained to continue from, rising.
 
     Raises:
         ValueError: starts are others.
@@ -53,8 +53,8 @@ class Student(nn.Module, ABC):
         assert isinstance(backbone, nn.Module)
         self.length = sum(backbone.steps)
         starts = build(tuple[int, ...], starts, "starts")
-        if not starts or starts[0] != 0 or list(starts) != sorted(set(starts)) or starts[-1] >= self.length:
-            raise ValueError(f"starts must begin with 0 and rise, below {self.length}, got {list(starts)}")
+        if not starts or list(starts) != sorted(set(starts)) or starts[0] < 0 or starts[-1] >= self.length:
+            raise ValueError(f"starts must lie in 0..{self.length - 1} and rise, got {list(starts)}")
         self.backbone = backbone
         self._tokenizer = [tokenizer]  # in a list, so that its weights are not this module's
         self.starts = starts

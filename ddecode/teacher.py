@@ -142,6 +142,7 @@ class Teacher:
         for what, part, needed in (("backbone", backbone, "vocab_size"), ("tokenizer", tokenizer, "codebook_VC")):
             if not hasattr(part, needed):
                 raise ValueError(f"a teacher's {what} must have {needed}, see ddecode.types; got {shown(part)}")
+        check_kind("family", family, str)
         check_kind("recipe", recipe, Recipe, type(None))
         self.backbone, self.tokenizer, self.family = backbone, tokenizer, family
         self.recipe = recipe or Recipe()

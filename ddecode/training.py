@@ -22,6 +22,7 @@ from torch import Tensor, distributed, nn
 from torch.distributed.fsdp import FSDPModule
 from tqdm import tqdm
 
+from ddecode.arguments import as_path, check_kind
 from ddecode.compilation import compile_blocks
 from ddecode.config import TrainingConfig, decisive
 from ddecode.processes import launch, rank, world
@@ -111,7 +112,7 @@ def train(
     objective: Objective,
     samples: Samples,
     config: TrainingConfig,
-    run: Path,
+    run: str | Path,
     *,
     identity: dict[str, Any],
     resume: bool = False,
@@ -137,6 +138,12 @@ def train(
         FloatingPointError: the loss is no longer finite.
         OSError: the disk is full, say. The last checkpoint is whole then.
     """
+    check_kind("objective", objective, Objective)
+    check_kind("config", config, TrainingConfig)
+    check_kind("identity", identity, Mapping)
+    if not callable(getattr(samples, "batch", None)):
+        raise ValueError(f"samples must have a batch, as ddecode.pairs.Pairs, got {type(samples).__name__}")
+    run = as_path("a run's folder", run)
     accelerator = make_accelerator(config)
     main = accelerator.is_main_process
     checkpoint = Checkpoint(run)

@@ -4,13 +4,12 @@ B batch, L token positions, V codes, C code width.
 """
 
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 import torch
+from refusal import check
 from tiny import VAR_SCALES, C, L, V, distill_recipe, make_student, make_teacher, make_var_teacher, seeded, write_yaml
 from torch import Tensor
 from upstream import State
@@ -22,6 +21,7 @@ from ddecode.config import DistillConfig, ObjectiveConfig, PairsConfig, StudentC
 from ddecode.conformance import check_backbone, check_student_backbone, check_tokenizer
 from ddecode.conversion import convert
 from ddecode.evaluation import zoo
+from ddecode.evaluation.features import FeatureNetwork
 from ddecode.evaluation.fidelity import check_enough
 from ddecode.evaluation.metrics import fit_gaussian, frechet_distance, intra_class_variance
 from ddecode.evaluation.results import read_result
@@ -48,22 +48,6 @@ NO_TENSOR = (None, 3, [], "x", np.zeros((2, L, C)), torch.zeros(2, L, C, device=
 NO_PATH = (None, 3, b"x", [], True)
 NO_STATE = (None, 3, [], {}, b"x", "nowhere.pth", ".", {"a": 1}, {"a": np.zeros(2)}, {1: torch.zeros(2)})
 CARD = {"license": "mit", "teacher": "x", "teacher_license": "mit"}
-
-Call = Callable[..., Any]
-Case = tuple[Call, tuple[Any, ...], str]
-"""A function of one argument, wrong values of it, and what each message says."""
-
-
-def refused(call: Call, value: Any, words: str) -> None:
-    with pytest.raises(ValueError, match=words) as caught:
-        call(value)
-    assert "\n" not in (line := str(caught.value)) and len(line) < 400, line
-
-
-def check(cases: list[Case]) -> None:
-    for call, values, words in cases:
-        for value in values:
-            refused(call, value, words)
 
 
 def test_pipelines_are_made_of_models_that_fit(pipe: DistilledPipeline, model: Path) -> None:
@@ -327,7 +311,7 @@ def test_pairs_samples_and_judging(pipe: DistilledPipeline, tmp_path: Path) -> N
         return make_settings(**{"pipe": pipe, "plan": plan, "model": "x", "classes": [0], "num": 2} | changes)
 
     def judged(plans: Any, num: Any, seed: Any = 0) -> Any:
-        judge: Any = type("Known", (), {"network": type("Network", (), {"num_classes": 4})})
+        judge = Judge(network=FeatureNetwork(widths=(4,), num_classes=4), real=fit_gaussian(FEATURES), hash="")
         return zoo.evaluate(pipe, plans, judge, model="x", num=num, seed=seed)
 
     own = np.zeros(30, np.int64)

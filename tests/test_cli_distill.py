@@ -196,7 +196,7 @@ def test_pairs_refuses_a_folder_of_other_pairs_or_with_damage(
     [
         ("training.stepz=4", "did you mean training.steps?"),
         ("training.precision=fp8", "one of no, bf16"),
-        ("student.starts=[0, 16]", "starts must begin with 0 and rise, below 16"),
+        ("student.starts=[0, 16]", "starts must lie in 0..15"),
         ("student.split=17", "split must lie in 0..16"),
         ("student.depth=3", "3 layers cannot be cut from a teacher of 2"),
     ],

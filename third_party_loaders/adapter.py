@@ -151,10 +151,10 @@ def shape_of(state: Mapping[str, Tensor], name: str, dimensions: int) -> tuple[i
     """The shape of a tensor that sizes are read from.
 
     Raises:
-        ValueError: it is missing or has another number of dimensions.
+        ValueError: it is missing, empty or has another number of dimensions.
     """
     if name not in state:
         raise ValueError(f"missing {name}")
-    if state[name].dim() != dimensions:
-        raise ValueError(f"misshapen {name} is {tuple(state[name].shape)}, expected {dimensions} dimensions")
+    if state[name].dim() != dimensions or not state[name].numel():
+        raise ValueError(f"misshapen {name} is {tuple(state[name].shape)}, expected {dimensions} dimensions, none 0")
     return tuple(state[name].shape)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ddecode.arguments import check_kind
 from ddecode.student import Student
 from ddecode.teacher import Recipe, Teacher
 from ddecode.types import Tokenizer
@@ -83,6 +84,7 @@ def find(name: str) -> Architecture:
     Raises:
         ValueError: there is none of this name; the nearest is named.
     """
+    check_kind("an architecture", name, str)
     if name not in ARCHITECTURES:
         near = difflib.get_close_matches(name, ARCHITECTURES, n=1, cutoff=0.0)[0]
         raise ValueError(f"unknown architecture {name!r}; did you mean {near}? There are {', '.join(ARCHITECTURES)}")

@@ -114,8 +114,9 @@ def features_folder(name: str) -> Path:
     return bundled if bundled.is_dir() else Path(name)
 
 
-def save_features(folder: Path, network: FeatureNetwork, **facts: object) -> None:
+def save_features(folder: str | Path, network: FeatureNetwork, **facts: object) -> None:
     """Write what `load_features` reads, in half precision, and facts for people."""
+    folder = as_path("a folder of features", folder)
     folder.mkdir(parents=True, exist_ok=True)
     state = {k: v.half() if v.is_floating_point() else v for k, v in network.state_dict().items()}
     save_tensors(folder / "model.safetensors", state)

@@ -143,6 +143,9 @@ def evaluate(
     Raises:
         ValueError: num is too small or, with balanced labels, no multiple of the number of classes.
     """
+    check_kind("pipe", pipe, DistilledPipeline)
+    check_kind("plans", plans, Mapping)
+    check_kind("inspector", inspector, Inspector)
     for plan in plans.values():
         check_kind("a plan", plan, Plan)
     labelling = inspector.protocol.labelling
@@ -193,6 +196,8 @@ def evaluate_images(
     Raises:
         ValueError: see `check_images`.
     """
+    check_kind("images", images, ImageSet)
+    check_kind("inspector", inspector, Inspector)
     check_images(images, inspector.protocol, num)
     note = images.note or {}
 

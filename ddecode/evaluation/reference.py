@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ddecode.arguments import as_path
 from ddecode.checkpoint import loaders
 from ddecode.evaluation.blocks import Block, counted, progress_bar
 from ddecode.evaluation.fidelity import LEAST, Extractor
@@ -65,7 +66,9 @@ class Reference:
     hash: str
 
     @classmethod
-    def open(cls, path: Path, extractor: Extractor, *, batch: int = 50, show_progress: bool = True) -> "Reference":
+    def open(
+        cls, path: str | Path, extractor: Extractor, *, batch: int = 50, show_progress: bool = True
+    ) -> "Reference":
         """
         Args:
             path: an `.npz` with statistics `mu` and `sigma`, with images `arr_0`, or with both, as guided-diffusion and
@@ -75,6 +78,7 @@ class Reference:
         Raises:
             ValueError: there is nothing of the kind, it is of other features, or the images are too few.
         """
+        path = as_path("a reference", path)
         if not path.exists():
             raise ValueError(f"there is no reference {path}")
         real, features_NF = None if path.is_dir() else read_statistics(path), None

@@ -11,7 +11,7 @@ from typing import Any, get_type_hints
 import numpy as np
 
 from ddecode import __version__
-from ddecode.arguments import as_path
+from ddecode.arguments import as_path, check_kind
 from ddecode.config import build
 from ddecode.files import read_json
 
@@ -65,13 +65,21 @@ def read_result(path: str | Path) -> dict[str, Any]:
     Raises:
         ValueError: the file is missing or no result.
     """
-    result = read_json(as_path("a result", path))
+    result: dict[str, Any] = read_json(as_path("a result", path))
+    check_result(path, result)
+    return result
+
+
+def check_result(name: str | Path, result: Any) -> None:
+    """
+    Raises:
+        ValueError: it is no result as `as_json` wrote it.
+    """
     needed = {field.name for field in dataclasses.fields(Result)} | {"rows"}
     if not isinstance(result, dict) or not needed <= result.keys() or not are_rows(result["rows"]):
-        raise ValueError(f"{path} is no result of ddecode eval")
-    for name, kind in get_type_hints(Result).items():
-        build(kind, result[name], f"{path}: {name}")
-    return result
+        raise ValueError(f"{name} is no result of ddecode eval")
+    for field, kind in get_type_hints(Result).items():
+        build(kind, result[field], f"{name}: {field}")
 
 
 def are_rows(rows: Any) -> bool:
@@ -88,8 +96,13 @@ def compare(results: Mapping[str, Mapping[str, Any]]) -> str:
         results: as read by `read_result`, by a name for each.
 
     Raises:
-        ValueError: they differ in what their figures rest on, see `MUST_EQUAL`.
+        ValueError: there is none, one is no result, or they differ in what their figures rest on, see `MUST_EQUAL`.
     """
+    check_kind("results", results, Mapping)
+    if not results:
+        raise ValueError("there are no results to compare")
+    for name, result in results.items():
+        check_result(name, result)
     (first, ours), *others = results.items()
     for name, theirs in others:
         differing = [key for key in MUST_EQUAL if theirs[key] != ours[key]]

@@ -16,7 +16,7 @@ S, T, T' and P have seeds apart. N samples, L token positions, F feature width.
 """
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
@@ -159,6 +159,9 @@ def evaluate(
     Raises:
         ValueError: num is too small, or the judge knows fewer classes.
     """
+    check_kind("pipe", pipe, DistilledPipeline)
+    check_kind("plans", plans, Mapping)
+    check_kind("judge", judge, Judge)
     if pipe.num_classes > judge.network.num_classes:
         raise ValueError(f"the feature network knows {judge.network.num_classes} classes, the model {pipe.num_classes}")
     for plan in plans.values():
