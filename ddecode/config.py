@@ -211,6 +211,8 @@ class MatchingConfig:
     """Of the student's weights over codes: 1 for a student that drafts, lower for one that takes the argmax."""
     clip: float = 3.0
     """Bound on the log-ratio of the guidance network's probabilities to the teacher's."""
+    initial: str = "teacher"
+    """What the guidance network begins as: the teacher, or the folder of an earlier run whose own goes on."""
 
     def __post_init__(self) -> None:
         settle(self, "objective.matching")

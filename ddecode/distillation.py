@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from ddecode.checkpoint import RECIPE, ModelFolder, save_model
 from ddecode.compilation import compile_blocks
-from ddecode.config import WITHOUT_MODEL, DistillConfig, ScoreConfig, as_dict, as_yaml
+from ddecode.config import WITHOUT_MODEL, DistillConfig, MatchingConfig, ScoreConfig, as_dict, as_yaml
 from ddecode.dd2_student import HEAD_DEPTH, DD2Student
 from ddecode.evaluation.features import features_folder, load_features
-from ddecode.files import write_aside
+from ddecode.files import read_tensors, write_aside
 from ddecode.labelled_images import LabelledImages
 from ddecode.locks import held
 from ddecode.objectives.matching import TokenGuidance, TokenMatching
@@ -27,6 +27,7 @@ from ddecode.previews import Preview
 from ddecode.processes import launch, meet, rank
 from ddecode.randomness import fresh_weights
 from ddecode.reporters import check_reporters
+from ddecode.run_folder import CRITICS, Checkpoint, sha256
 from ddecode.student import Student
 from ddecode.teacher import Teacher
 from ddecode.training import Samples, train
@@ -98,13 +99,35 @@ def make_score_term(
 
 
 def make_matching_term(teacher: Teacher, student: Student, config: DistillConfig) -> TokenMatching:
-    """The token-matching term; its guidance network begins as the teacher."""
+    """The token-matching term with its guidance network as that begins.
+
+    Raises:
+        ValueError: `objective.matching.initial` is no run with a guidance network of this shape, or is damaged.
+    """
+    term = config.objective.matching
     with fresh_weights(config.training.seed):
         guidance = TokenGuidance.from_teacher(teacher, passes=len(student.starts))
+    if term.initial != "teacher":
+        state = read_tensors(guidance_file(term), "token_guidance.")
+        if {name: t.shape for name, t in state.items()} != {name: t.shape for name, t in guidance.state_dict().items()}:
+            raise ValueError(
+                f"objective.matching.initial {term.initial} has no guidance network of this recipe's shape"
+            )
+        guidance.load_state_dict(state)
     if config.training.compile:
         compile_blocks(guidance)
-    term = config.objective.matching
     return TokenMatching(teacher, guidance, temperature=term.temperature, clip=term.clip)
+
+
+def guidance_file(term: MatchingConfig) -> Path:
+    """Where the run that `term.initial` names keeps its guidance network, checked against its checksum."""
+    last = Checkpoint(Path(term.initial))
+    if not (last.folder / CRITICS).is_file():
+        raise ValueError(
+            f"objective.matching.initial {term.initial} is neither teacher nor the folder of a run with "
+            f"objective.matching: it has no {last.folder.name}/{CRITICS}"
+        )
+    return last.checked(CRITICS)
 
 
 def make_positives(teacher: Teacher, images: LabelledImages, folder: Path, *, show_progress: bool = True) -> Positives:
@@ -170,6 +193,8 @@ def distill_alone(config: DistillConfig, pairs_folder: Path, run: Path, *, resum
         "initial": None if initial is None else initial.weights_hash("student"),
         "pairs": len(pairs),
     }
+    if objective.matching.weight and objective.matching.initial != "teacher":
+        identity["guidance"] = sha256(guidance_file(objective.matching))
     positives = None
     if objective.adversarial.weight and objective.adversarial.images is not None:
         images = LabelledImages.open(Path(objective.adversarial.images), teacher.num_classes)

@@ -20,7 +20,7 @@ from ddecode.sharding import dealt, dealt_moments, kept, kept_moments
 
 SUMS = "SHA256SUMS"
 """As `sha256sum -c` reads it."""
-STATE, OPTIMIZER = "state.json", "optimizer.pt"
+STATE, OPTIMIZER, CRITICS = "state.json", "optimizer.pt", "critics.safetensors"
 
 
 def sha256(path: Path) -> str:

@@ -21,13 +21,14 @@ from tiny import (
     tree_of,
     write_yaml,
 )
-from torch import nn
+from torch import Tensor, nn
 
 from ddecode import distillation
 from ddecode.checkpoint import ModelFolder
 from ddecode.config import DistillConfig, read_config
 from ddecode.distillation import distill
 from ddecode.evaluation.features import FeatureNetwork
+from ddecode.files import read_tensors
 from ddecode.objectives import positives
 from ddecode.objectives.score import ScoreTerm
 from ddecode.objectives.student import StudentObjective
@@ -92,6 +93,42 @@ def test_the_written_student_lies_between_the_trained_one_and_the_initial(
     assert not any(torch.equal(trained[name], begun[name]) for name in trained if "norm" not in name)
     for name, weight in written.items():
         torch.testing.assert_close(weight, 0.75 * trained[name] + 0.25 * begun[name])
+
+
+MATCHING = ["objective.matching.weight=1.0", "objective.image_batch=4"]
+
+
+def test_an_earlier_runs_guidance_network_goes_on(model: Path, pairs: Path, tmp_path: Path) -> None:
+    """A stage of no learning rate leaves it as the stage before had it."""
+
+    def run(name: str, *overrides: str) -> dict[str, Tensor]:
+        recipe = recipe_of(model, tmp_path, *MATCHING, "training.steps=2", *overrides)
+        distill(recipe, pairs, tmp_path / name, show_progress=False)
+        return read_tensors(tmp_path / name / "checkpoint" / "critics.safetensors", "token_guidance.")
+
+    before = run("before", "objective.matching.lr=0.01")
+    still = ["objective.matching.lr=1e-30", "training.weight_decay=0"]
+    after = run("after", *still, f"objective.matching.initial={tmp_path / 'before'}")
+    fresh = run("fresh", *still)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert not torch.equal(before["backbone.output.weight"], fresh["backbone.output.weight"])
+
+
+def test_a_guidance_network_that_does_not_fit_is_refused(model: Path, pairs: Path, tmp_path: Path) -> None:
+    def refusal(initial: str, *overrides: str) -> str:
+        recipe = recipe_of(model, tmp_path, *MATCHING, f"objective.matching.initial={initial}", *overrides)
+        with pytest.raises(ValueError) as caught:
+            distill(recipe, pairs, tmp_path / "run", show_progress=False)
+        return str(caught.value)
+
+    assert "nowhere is neither teacher nor the folder of a run with objective.matching" in refusal("nowhere")
+    before = tmp_path / "before"
+    distill(recipe_of(model, tmp_path, *MATCHING, "training.steps=2"), pairs, before, show_progress=False)
+    assert "has no guidance network of this recipe's shape" in refusal(str(before), "student.starts=[0]")
+    path = before / "checkpoint" / "critics.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    assert "critics.safetensors is damaged" in refusal(str(before))
 
 
 SCORE = [
