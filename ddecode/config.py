@@ -159,7 +159,11 @@ class ScoreConfig:
     """The score term, DD2's second stage (`ddecode.objectives.score`), and the first, which prepares its guidance."""
 
     weight: Weight = 0.0
+    """Before it begins the guidance network learns alone."""
     form: Literal["dmd", "sid"] = "dmd"
+    guidance: Literal["velocities", "tokens"] = "velocities"
+    """What the guidance network learns of the student: velocities of its noisy vectors, as in DD2, or probabilities of
+    its tokens, of which the rest follows exactly; for students that emit tokens at all positions."""
     draws: int = 1
     """Noise draws of each sequence for the student."""
     guidance_draws: int = 4
@@ -185,6 +189,11 @@ class ScoreConfig:
         for name in ("align_every", "align_steps"):
             check_whole(f"objective.score.{name}", getattr(self, name), 0)
         check_above("objective.score.lr", self.lr)
+        if self.guidance == "tokens" and self.tuning is not None:
+            raise ValueError(
+                "objective.score.tuning trains a guidance network of velocities: leave it out, or set "
+                "objective.score.guidance to velocities"
+            )
         if self.align_every and not self.align_steps < self.align_every:
             raise ValueError(f"objective.score.align_steps must lie in 0..{self.align_every - 1}")
 
@@ -315,6 +324,10 @@ class DistillConfig:
             )
         if self.student.diffusion_head is not None and self.objective.matching.weight:
             raise ValueError("objective.matching is for students with logits, not for student.diffusion_head")
+        if self.student.diffusion_head is not None and self.objective.score.guidance == "tokens":
+            raise ValueError(
+                "a student with student.diffusion_head emits vectors: set objective.score.guidance to velocities"
+            )
         if self.student.initial == "tuning" and not (self.objective.score.weight and self.objective.score.tuning):
             raise ValueError("student.initial: tuning needs objective.score with a weight and tuning, which trains it")
 

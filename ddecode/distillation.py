@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ddecode.checkpoint import RECIPE, ModelFolder, save_model
 from ddecode.compilation import compile_blocks
-from ddecode.config import WITHOUT_MODEL, DistillConfig, MatchingConfig, ScoreConfig, as_dict, as_yaml
+from ddecode.config import WITHOUT_MODEL, DistillConfig, MatchingConfig, as_dict, as_yaml
 from ddecode.dd2_student import HEAD_DEPTH, DD2Student
 from ddecode.evaluation.features import features_folder, load_features
 from ddecode.files import read_tensors, write_aside
@@ -20,7 +20,7 @@ from ddecode.labelled_images import LabelledImages
 from ddecode.locks import held
 from ddecode.objectives.matching import TokenGuidance, TokenMatching
 from ddecode.objectives.positives import Positives, encode_images, read_positives
-from ddecode.objectives.score import ARDiffusion, ScoreTerm, TuningObjective
+from ddecode.objectives.score import ARDiffusion, Guidance, ScoreTerm, TuningObjective
 from ddecode.objectives.student import StudentObjective
 from ddecode.pairs import ForcedPairs, Pairs
 from ddecode.previews import Preview
@@ -75,27 +75,45 @@ def initial_model(config: DistillConfig) -> ModelFolder | None:
 
 def make_score_term(
     teacher: Teacher,
+    student: Student,
     pairs: Pairs,
-    config: ScoreConfig,
+    recipe: DistillConfig,
     run: Path,
     *,
-    seed: int,
-    head_depth: int,
     identity: dict[str, object],
     resume: bool,
     show_progress: bool,
 ) -> ScoreTerm:
-    """DD2's score term; its guidance network goes through the first stage in the folder `run`, if there is one."""
-    with fresh_weights(seed):
-        guidance: nn.Module = ARDiffusion.from_teacher(teacher, depth=head_depth)
+    """DD2's score term; its guidance network goes through the first stage in the folder `run`, if there is one.
+
+    Raises:
+        ValueError: it is to learn tokens, and the student emits vectors somewhere.
+    """
+    config, guidance = recipe.objective.score, make_guidance(teacher, student, recipe)
     if config.tuning is not None:
         objective = TuningObjective(teacher, guidance, target=config.target, draws=config.guidance_draws)  # type: ignore[arg-type]
         guidance = train(
             objective, pairs, config.tuning, run, identity=identity, resume=resume, show_progress=show_progress
         )
         guidance.train().requires_grad_(True)
-    assert isinstance(guidance, ARDiffusion)
+    assert isinstance(guidance, Guidance)
     return ScoreTerm(teacher, guidance, form=config.form, draws=config.draws, guidance_draws=config.guidance_draws)
+
+
+def make_guidance(teacher: Teacher, student: Student, recipe: DistillConfig) -> nn.Module:
+    """The score term's guidance network as it is before any stage."""
+    with fresh_weights(recipe.training.seed):
+        if recipe.objective.score.guidance == "velocities":
+            return ARDiffusion.from_teacher(teacher, depth=recipe.student.diffusion_head or HEAD_DEPTH)
+        if student.split < student.length:
+            raise ValueError(
+                f"objective.score.guidance: tokens is for students that emit tokens at all positions; this one's are "
+                f"vectors from student.split {student.split} on"
+            )
+        tokens = TokenGuidance.from_teacher(teacher, passes=1)
+    if recipe.training.compile:
+        compile_blocks(tokens)
+    return tokens
 
 
 def make_matching_term(teacher: Teacher, student: Student, config: DistillConfig) -> TokenMatching:
@@ -204,12 +222,11 @@ def distill_alone(config: DistillConfig, pairs_folder: Path, run: Path, *, resum
     score = None
     if objective.score.weight:
         score = make_score_term(
-            teacher, pairs, objective.score, run / "tuning",
-            seed=config.training.seed, head_depth=config.student.diffusion_head or HEAD_DEPTH,
+            teacher, student, pairs, config, run / "tuning",
             identity=identity, resume=resume, show_progress=show_progress,
         )  # fmt: skip
         if config.student.initial == "tuning":
-            assert isinstance(student, DD2Student)
+            assert isinstance(student, DD2Student) and isinstance(score.guidance, ARDiffusion)
             student.initialize_from_tuned(module(score.guidance.backbone), score.guidance.head)
     matching = make_matching_term(teacher, student, config) if objective.matching.weight else None
     with fresh_weights(config.training.seed):

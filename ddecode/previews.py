@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from ddecode.files import write_aside
 from ddecode.images import grid, png, to_uint8
-from ddecode.objectives.score import ARDiffusion
+from ddecode.objectives.score import Guidance
 from ddecode.pairs import noise_of
 from ddecode.plan import student_plan
 from ddecode.randomness import derived_seed
@@ -61,7 +61,7 @@ class Preview:
         recipe: Mapping[str, Any],
         num_steps: int,
         seed: int,
-        guidance: ARDiffusion | None = None,
+        guidance: Guidance | None = None,
     ) -> None:
         self.student, self.teacher, self.folder, self.guidance = student, teacher, folder, guidance
         self.recipe, self.num_steps, self.seed = recipe, num_steps, seed

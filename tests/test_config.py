@@ -127,6 +127,10 @@ def test_overrides(path: Path, override: str, key: str, value: Any) -> None:
         ("student.initial_share=1", r"student\.initial_share must lie in \[0, 1\)"),
         ("objective.energy_spread=0.02", r"energy_spread needs objective\.energy_memory"),
         ("objective.energy_spread=-1", r"objective\.energy_spread must be at least 0"),
+        (
+            "objective.score={guidance: tokens, tuning: {steps: 1, batch: 2, lr: 1}}",
+            r"score\.tuning trains a guidance network of velocities",
+        ),
         ("objective.features=[1]", r"objective\.features must be str"),
         ("training.steps", r"override 'training.steps' must read key\.path=value"),
         ("training.steps=[1", "the value is no YAML"),

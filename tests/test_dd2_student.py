@@ -121,6 +121,7 @@ TUNED = {"logits": 0.0, "score": {"weight": 1.0, "tuning": {"steps": 1, "batch":
         (DD2 | {"depth": 1}, TUNED, "student.initial: tuning is for a student with diffusion_head and all layers"),
         ({"initial": "tuning"}, TUNED, "student.initial: tuning is for a student with diffusion_head"),
         (DD2, TUNED | {"logits": 1.0}, "set objective.logits to 0"),
+        ({"diffusion_head": 1}, {"logits": 0.0, "score": {"weight": 1.0, "guidance": "tokens"}}, "emits vectors"),
         (DD2, TUNED | {"score": {"weight": 1.0}}, "student.initial: tuning needs objective.score"),
     ],
 )

@@ -179,6 +179,16 @@ def test_dd2_goes_through_both_stages_and_resumes_in_either(
         assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
+def test_the_score_terms_guidance_network_may_be_of_tokens(model: Path, pairs: Path, tmp_path: Path) -> None:
+    tokens = [*SCORE[:-1], "objective.score.guidance=tokens", "training.preview_every=6"]
+    distill(recipe_of(model, tmp_path, *tokens, "student.split=null"), pairs, tmp_path / "run", show_progress=False)
+    assert not (tmp_path / "run" / "tuning").exists() and (tmp_path / "run" / "previews" / "0000006.png").is_file()
+    critics = load_file(tmp_path / "run" / "checkpoint" / "critics.safetensors")
+    assert "guidance.backbone.output.weight" in critics and not any("head" in name for name in critics)
+    with pytest.raises(ValueError, match=r"objective\.score\.guidance: tokens is for .* student\.split 10 on"):
+        distill(recipe_of(model, tmp_path, *tokens), pairs, tmp_path / "b", show_progress=False)
+
+
 def test_the_guidance_network_starts_from_the_first_stage(
     model: Path, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,6 +3,8 @@
 B batch, L positions, V codes.
 """
 
+from typing import Any
+
 import pytest
 import torch
 from table_teacher import CODES, JOINT, Generator, TableBackbone, draw_ids, frequencies, table_teacher, total_variation
@@ -12,8 +14,10 @@ from torch import Tensor
 from ddecode.codebook import nearest_code
 from ddecode.config import MatchingConfig, ObjectiveConfig
 from ddecode.objectives.matching import TokenGuidance, TokenMatching
+from ddecode.objectives.score import noisy_codes, posterior_mean
 from ddecode.objectives.student import StudentObjective
 from ddecode.teacher import Recipe, Teacher
+from ddecode.trajectory import resolve
 
 OTHER = JOINT.T.contiguous() * 0.5 + 0.5 / 9
 LABELS = torch.zeros(64, dtype=torch.int64)
@@ -110,6 +114,30 @@ def test_the_guidance_network_begins_as_its_teacher_and_tells_passes_apart() -> 
         torch.testing.assert_close(moved[0], logits[0], atol=1e-5, rtol=1e-4)
         assert (moved[1] - logits[1]).abs().max() > 1e-3
         assert any(p.requires_grad for p in guidance.backbone.parameters())
+
+
+def test_what_it_says_of_noisy_codes_is_exact_for_its_probabilities() -> None:
+    guidance, ids = TokenGuidance.from_teacher(table_teacher(OTHER, CODES), passes=1), draw_ids(JOINT, 64, seeded(0))
+    codes = CODES[ids].requires_grad_()
+    noisy = noisy_codes(codes, 3, seeded(1))
+    means = guidance.posterior_means(ids, LABELS, noisy, CODES)
+    torch.testing.assert_close(means, posterior_mean(noisy.x_RBLC, noisy.time_RBL, conditionals(OTHER, ids), CODES))
+    weights = [*guidance.parameters()]
+    assert all(g is None for g in torch.autograd.grad(means.sum(), weights, retain_graph=True, allow_unused=True))
+    assert torch.autograd.grad(means.square().sum(), codes)[0].any()
+    errors = guidance.errors(ids, LABELS, codes, noisy)
+    torch.testing.assert_close(errors.detach(), -conditionals(OTHER, ids).gather(-1, ids[..., None])[..., 0])
+    assert any(g is not None and g.any() for g in torch.autograd.grad(errors.sum(), weights, allow_unused=True))
+
+
+@pytest.mark.parametrize("make", [make_teacher, make_var_teacher])
+def test_it_samples_as_the_teacher_that_it_is(make: Any) -> None:
+    teacher: Teacher = make()
+    scramble(teacher.backbone, 3)
+    noise = torch.randn(3, teacher.length, teacher.codebook_VC.shape[1], generator=seeded(1))
+    labels = torch.tensor([0, 2, 1])
+    ids = TokenGuidance.from_teacher(teacher, passes=2).sample(noise, labels, teacher.codebook_VC, 8)
+    assert torch.equal(ids, resolve(teacher, noise, labels, num_steps=8))
 
 
 def matched(joint_VV: Tensor, codebook_VC: Tensor, steps: int) -> Generator:

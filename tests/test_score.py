@@ -13,20 +13,24 @@ from table_teacher import (
     JOINT,
     AnalyticGuidance,
     Generator,
+    TableBackbone,
     draw_ids,
     frequencies,
     table_teacher,
     total_variation,
 )  # fmt: skip
-from tiny import make_scale_teacher, make_teacher, make_var_teacher, scramble, seeded
-from torch import Tensor
+from tiny import make_scale_teacher, make_student, make_teacher, make_var_teacher, scramble, seeded
+from torch import Tensor, nn
 
 from ddecode.codebook import nearest_code
+from ddecode.config import ObjectiveConfig, ScoreConfig
 from ddecode.flow import Codes
 from ddecode.objectives import score as score_module
+from ddecode.objectives.matching import TokenGuidance
 from ddecode.objectives.score import (
     LEAST_TIME,
     ARDiffusion,
+    Guidance,
     ScoreTerm,
     TuningObjective,
     noisy_codes,
@@ -35,6 +39,7 @@ from ddecode.objectives.score import (
     score_identity,
     velocity,
 )
+from ddecode.objectives.student import StudentObjective
 from ddecode.teacher import Recipe, Teacher
 
 TIMES = (1.0, 0.9, 0.5, 0.1, 0.02, 1e-3)
@@ -244,16 +249,23 @@ def test_nothing_open_is_no_loss_and_too_few_draws_are_refused() -> None:
         ScoreTerm(teacher, guidance, guidance_draws=0)
 
 
-def distilled(joint_VV: Tensor, codebook_VC: Tensor, *, emits_codes: bool, steps: int, **options: Any) -> Generator:
+def distilled(
+    joint_VV: Tensor, codebook_VC: Tensor, *, emits_codes: bool, steps: int, tokens: bool = False, **options: Any
+) -> Generator:
     """The second stage from fresh networks, both losses in one backward pass."""
     teacher, noise = table_teacher(joint_VV, codebook_VC), seeded(0)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         student = Generator(codebook_VC, emits_codes=emits_codes)
-        term = ScoreTerm(teacher, ARDiffusion.from_teacher(teacher, width=32, depth=2), guidance_draws=2, **options)
+        guidance: Guidance = ARDiffusion.from_teacher(teacher, width=32, depth=2)
+    if tokens:
+        guidance = TokenGuidance.from_teacher(teacher, passes=1)
+        assert isinstance(guidance.backbone, TableBackbone)
+        guidance.backbone.table.data.clamp_(min=-5)  # the student begins with what its teacher never does
+    term = ScoreTerm(teacher, guidance, guidance_draws=2, **options)
     before = total_variation(student.ids(20_000), joint_VV)
     assert before > 0.35
-    rates = {2e-3: student.parameters(), 5e-3: term.guidance.parameters()}
+    rates = {2e-3: student.parameters(), 5e-2 if tokens else 5e-3: guidance.parameters()}
     groups = [{"params": parameters, "lr": rate} for rate, parameters in rates.items()]
     optimizer = torch.optim.Adam(groups, betas=(0.5, 0.95))
     labels, open_BL = torch.zeros(128, dtype=torch.int64), torch.ones(128, 2, dtype=torch.bool)
@@ -280,6 +292,48 @@ def test_two_points_in_one_step(form: Literal["dmd", "sid"], emits_codes: bool) 
     assert abs(share[0, 0].item() - 0.5) < 0.07, share
 
 
-def test_a_joint_distribution_in_one_step() -> None:
-    student = distilled(JOINT, CODES, emits_codes=True, steps=300, draws=2)
+@pytest.mark.parametrize("tokens", [False, True])
+def test_a_joint_distribution_in_one_step(tokens: bool) -> None:
+    student = distilled(JOINT, CODES, emits_codes=True, steps=300, draws=2, tokens=tokens)
     assert total_variation(student.ids(20_000), JOINT) < 0.06
+
+
+def test_two_points_in_one_step_by_the_probabilities_of_tokens() -> None:
+    student = distilled(torch.eye(2) / 2, torch.tensor([[-1.0], [1.0]]), emits_codes=True, steps=250, tokens=True)
+    share = frequencies(student.ids(20_000), 2)
+    assert share[0, 1] + share[1, 0] < 0.04 and abs(share[0, 0].item() - 0.5) < 0.07, share
+
+
+@FORMS
+def test_a_generator_that_equals_its_teacher_rests_at_once(form: Literal["dmd", "sid"]) -> None:
+    """A guidance network of tokens begins as the unguided teacher: there nothing has to be learned before."""
+    teacher = make_teacher()
+    scramble(teacher.backbone, 3)
+    emitted = teacher.codebook_VC[teacher.generate([0, 1], generator=seeded(0))].requires_grad_()
+    guidance = TokenGuidance.from_teacher(teacher, passes=1)
+    term = ScoreTerm(teacher, guidance, recipe=Recipe(), form=form)
+    open_BL = torch.ones(2, teacher.length, dtype=torch.bool)
+    loss, metrics = term.student_loss(emitted, torch.tensor([0, 1]), open_BL, seeded(1))
+    (gradient,) = torch.autograd.grad(loss, emitted)
+    assert gradient.abs().max() < 1e-4 and metrics["score_gap"] < 1e-5
+
+
+def test_the_guidance_network_learns_alone_before_the_term_begins() -> None:
+    teacher = make_teacher()
+    student = make_student(teacher, starts=(0,))
+    config = ObjectiveConfig(score=ScoreConfig(weight={0.5: 2.0}), image_batch=4)
+    objective = StudentObjective(student, config, score=ScoreTerm(teacher, TokenGuidance.from_teacher(teacher, 1)))
+    plain = StudentObjective(student, ObjectiveConfig())
+    ids = teacher.generate(labels := torch.tensor([0, 1] * 4), generator=seeded(1))
+    batch = torch.randn(8, teacher.length, teacher.codebook_VC.shape[1], generator=seeded(0)), ids, labels
+
+    def gradients(ours: StudentObjective, of: nn.Module, progress: float) -> Tensor:
+        loss, _ = ours(*batch, generator=seeded(2), progress=progress)
+        return torch.cat(
+            [g.flatten() for g in torch.autograd.grad(loss, [*of.parameters()], allow_unused=True) if g is not None]
+        )
+
+    early, late = (gradients(objective, student, progress) for progress in (0.4, 0.5))
+    torch.testing.assert_close(early, gradients(plain, student, 0.4))
+    assert (early - late).abs().max() > 1e-5
+    assert gradients(objective, objective.critics["guidance"], 0.4).any()

@@ -18,16 +18,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ddecode.objectives.score import mean_where
-from ddecode.teacher import Recipe, Teacher, forced_hidden
-from ddecode.types import Backbone
+from ddecode.flow import flow_grid
+from ddecode.objectives.score import Guidance, NoisyCodes, mean_where, posterior_mean
+from ddecode.teacher import Recipe, Teacher, filter_log_probs, forced_hidden, unroll
+from ddecode.trajectory import flow_pick
+from ddecode.types import Backbone, Condition
 
 LEAST_LOG_PROB = -20.0
 """For metrics, in the place of what the teacher excludes."""
 
 
-class TokenGuidance(nn.Module):
-    """An AR model of what a student emits in each of its passes.
+class TokenGuidance(Guidance):
+    """An AR model of the tokens that a student emits in each of its passes.
+
+    In the score term it stands for all passes alike. What it says of noisy codes is exact for the probabilities that it
+    has learned, so, unlike a network of velocities, it has no first stage to go through.
 
     Args:
         backbone: trained; it reads and predicts tokens as the teacher does.
@@ -46,12 +51,38 @@ class TokenGuidance(nn.Module):
         """A copy of the teacher's backbone."""
         return cls(teacher.trainable_backbone(), passes).to(teacher.device)
 
-    def forward(self, ids_BL: Tensor, labels: Any, pass_B: Tensor) -> Tensor:
-        """Logits fp32 [B,L,V], each position given the tokens of earlier AR steps; pass_B int64."""
-        condition = self.backbone.condition(labels)
-        prefix_BPD = condition.prefix_BPD + self.passes(pass_B)[:, None].to(condition.prefix_BPD.dtype)
-        condition = dataclasses.replace(condition, prefix_BPD=prefix_BPD)
+    def forward(self, ids_BL: Tensor, labels: Any, pass_B: Tensor | None = None) -> Tensor:
+        """Logits fp32 [B,L,V], each position given the tokens of earlier AR steps; pass_B int64, None is 0 for all."""
+        condition = self.condition(labels, pass_B)
         return self.backbone.logits(forced_hidden(self.backbone, ids_BL, condition), condition).float()
+
+    def condition(self, labels: Any, pass_B: Tensor | None) -> Condition:
+        """The backbone's, told the pass."""
+        condition = self.backbone.condition(labels)
+        prefix_BPD = condition.prefix_BPD
+        if pass_B is None:
+            pass_B = torch.zeros(len(prefix_BPD), dtype=torch.int64, device=prefix_BPD.device)
+        return dataclasses.replace(condition, prefix_BPD=prefix_BPD + self.passes(pass_B)[:, None].to(prefix_BPD.dtype))
+
+    def posterior_means(self, ids_BL: Tensor, labels: Any, noisy: NoisyCodes, codebook_VC: Tensor) -> Tensor:
+        with torch.no_grad():
+            log_probs_BLV = self(ids_BL, labels).log_softmax(-1)
+        return posterior_mean(noisy.x_RBLC, noisy.time_RBL, log_probs_BLV, codebook_VC)
+
+    def errors(self, ids_BL: Tensor, labels: Any, codes_BLC: Tensor, noisy: NoisyCodes) -> Tensor:
+        """Cross-entropy of the tokens, in nats; it sees codes, and no noise."""
+        return F.cross_entropy(self(ids_BL, labels).transpose(1, 2), ids_BL, reduction="none")
+
+    @torch.no_grad()
+    def sample(self, noise_BLC: Tensor, labels: Any, codebook_VC: Tensor, num_steps: int = 16) -> Tensor:
+        """By the exact noise-to-token map of what it has learned."""
+        condition = self.condition(labels, None)
+        pick = flow_pick(noise_BLC, codebook_VC, flow_grid(codebook_VC, num_steps))
+
+        def read(hidden_BND: Tensor, step: int, start: int) -> Tensor:
+            return pick(filter_log_probs(self.backbone.logits(hidden_BND, condition)), start)
+
+        return unroll(self.backbone, condition, read)
 
 
 class TokenMatching(nn.Module):

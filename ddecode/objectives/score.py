@@ -8,6 +8,7 @@ generator's D is learned by a guidance network; where the two agree at all t, so
 B batch, R noise draws that share one pass of a backbone, L token positions, V codes, C code width, D feature width.
 """
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -119,8 +120,35 @@ def noisy_codes(codes_BLC: Tensor, draws: int, generator: torch.Generator) -> No
     return NoisyCodes(x_RBLC=(1 - t) * codes_BLC.float() + t * noise_RBLC, time_RBL=time_RBL, noise_RBLC=noise_RBLC)
 
 
-class ARDiffusion(nn.Module):
-    """The guidance network: an AR model whose head gives velocities of a noisy code instead of logits.
+class Guidance(nn.Module, ABC):
+    """What is learned of a generator: the distribution of each position, given the tokens of earlier AR steps.
+
+    `ARDiffusion` learns velocities, as DD2 does; `ddecode.objectives.matching.TokenGuidance` probabilities of tokens,
+    which say the same of a generator that emits codes alone.
+    """
+
+    @abstractmethod
+    def posterior_means(self, ids_BL: Tensor, labels: Any, noisy: NoisyCodes, codebook_VC: Tensor) -> Tensor:
+        """D of the noisy codes, fp32 [R,B,L,C], with gradients to them alone.
+
+        Args:
+            ids_BL: int64, in teacher order.
+            labels: int64 [B], or captions.
+            noisy: of the generator's output.
+            codebook_VC: the codes.
+        """
+
+    @abstractmethod
+    def errors(self, ids_BL: Tensor, labels: Any, codes_BLC: Tensor, noisy: NoisyCodes) -> Tensor:
+        """What it gets wrong of codes whose nearest tokens are `ids_BL`, fp32 [B,L] with gradients to its weights."""
+
+    @abstractmethod
+    def sample(self, noise_BLC: Tensor, labels: Any, codebook_VC: Tensor, num_steps: int = 16) -> Tensor:
+        """Tokens int64 [B,L] of the distribution it has learned, each from its own noise, fp32 standard normal."""
+
+
+class ARDiffusion(Guidance):
+    """An AR model whose head gives velocities of a noisy code instead of logits.
 
     It reads token ids as the teacher does, so position i knows the tokens of earlier AR steps only.
 
@@ -160,6 +188,19 @@ class ARDiffusion(nn.Module):
     def features(self, ids_BL: Tensor, labels: Any) -> Tensor:
         """What the tokens of earlier AR steps say about each position: [B,L,D]."""
         return forced_hidden(self.backbone, ids_BL, self.backbone.condition(labels))
+
+    def posterior_means(self, ids_BL: Tensor, labels: Any, noisy: NoisyCodes, codebook_VC: Tensor) -> Tensor:
+        with torch.no_grad():
+            features_BLD = self.features(ids_BL, labels)
+        frozen = {name: parameter.detach() for name, parameter in self.head.named_parameters()}
+        arguments = (features_BLD, noisy.x_RBLC, noisy.time_RBL)
+        velocity_RBLC: Tensor = functional_call(self.head, frozen, arguments)
+        return noisy.x_RBLC - noisy.time_RBL[..., None] * velocity_RBLC
+
+    def errors(self, ids_BL: Tensor, labels: Any, codes_BLC: Tensor, noisy: NoisyCodes) -> Tensor:
+        """Squared, of eps - q, whose mean is the velocity; the mean over noise draws and directions."""
+        velocity_RBLC = self(ids_BL, labels, noisy.x_RBLC, noisy.time_RBL)
+        return (velocity_RBLC - (noisy.noise_RBLC - codes_BLC)).square().mean((0, -1))
 
     @torch.no_grad()
     def sample(self, noise_BLC: Tensor, labels: Any, codebook_VC: Tensor, num_steps: int = 16) -> Tensor:
@@ -256,7 +297,8 @@ class ScoreTerm(nn.Module):
 
     Args:
         teacher: frozen.
-        guidance: trained by `guidance_loss`, beside the generator; start it from the first stage.
+        guidance: trained by `guidance_loss`, beside the generator. One of velocities has to start from the first stage:
+            what it gets wrong moves the generator as if that were wrong. One of tokens may start as the teacher.
         recipe: how the teacher's probabilities are guided and filtered; None is the teacher's own.
         form: see above.
         alpha: of `score_identity`.
@@ -267,7 +309,7 @@ class ScoreTerm(nn.Module):
     def __init__(
         self,
         teacher: Teacher,
-        guidance: ARDiffusion,
+        guidance: Guidance,
         *,
         recipe: Recipe | None = None,
         form: Literal["dmd", "sid"] = "dmd",
@@ -304,7 +346,7 @@ class ScoreTerm(nn.Module):
         through = emitted_BLC if self.form == "sid" else emitted_BLC.detach()
         noisy = noisy_codes(through, self.draws, generator)
         teacher_RBLC = posterior_mean(noisy.x_RBLC, noisy.time_RBL, log_probs_BLV, codebook_VC)
-        guidance_RBLC = self.guidance_mean(ids_BL, labels_B, noisy)
+        guidance_RBLC = self.guidance.posterior_means(ids_BL, labels_B, noisy, codebook_VC)
 
         open_BL = open_BL.to(emitted_BLC.dtype)
         difference_RBLC = guidance_RBLC - teacher_RBLC
@@ -320,19 +362,10 @@ class ScoreTerm(nn.Module):
         metrics = {"score_gap": mean_where(gap_BL, open_BL), "score_gap_L": mean_where(gap_BL, open_BL, 0)}
         return mean_where(value_BL, open_BL), metrics
 
-    def guidance_mean(self, ids_BL: Tensor, labels_B: Tensor, noisy: NoisyCodes) -> Tensor:
-        """The guidance network's posterior mean, with gradients to x alone: [R,B,L,C]."""
-        with torch.no_grad():
-            features_BLD = self.guidance.features(ids_BL, labels_B)
-        frozen = {name: parameter.detach() for name, parameter in self.guidance.head.named_parameters()}
-        arguments = (features_BLD, noisy.x_RBLC, noisy.time_RBL)
-        velocity_RBLC: Tensor = functional_call(self.guidance.head, frozen, arguments)
-        return noisy.x_RBLC - noisy.time_RBL[..., None] * velocity_RBLC
-
     def guidance_loss(
         self, emitted_BLC: Tensor, labels_B: Tensor, generator: torch.Generator, open_BL: Tensor | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """What teaches the guidance network the generator's own posterior means: eps - q, whose mean is the velocity.
+        """What teaches the guidance network the generator's own distributions (`Guidance.errors`).
 
         Args:
             emitted_BLC: codes or continuous vectors; they get no gradient.
@@ -346,8 +379,7 @@ class ScoreTerm(nn.Module):
         emitted_BLC = emitted_BLC.detach().float()
         noisy = noisy_codes(emitted_BLC, self.guidance_draws, generator)
         ids_BL = nearest_code(emitted_BLC, self.teacher.codebook_VC)
-        velocity_RBLC = self.guidance(ids_BL, labels_B, noisy.x_RBLC, noisy.time_RBL)
-        error_BL = (velocity_RBLC - (noisy.noise_RBLC - emitted_BLC)).square().mean((0, -1))
+        error_BL = self.guidance.errors(ids_BL, labels_B, emitted_BLC, noisy)
         loss = error_BL.mean() if open_BL is None else mean_where(error_BL, open_BL.to(error_BL.dtype))
         return loss, {"guidance_error": loss.detach()}
 

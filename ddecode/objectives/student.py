@@ -130,8 +130,9 @@ class StudentObjective(Objective):
         start_B = self.starts.to(ids_BL.device)[chosen_B]
         open_BL = torch.arange(length, device=ids_BL.device) >= start_B[:, None]
         sees_images = any(self.image_weights(progress))
-        guided = bool(config.matching.weight)  # before the term begins its guidance network learns alone
-        few = self.few if sees_images or scored or guided else slice(0)
+        # before either term begins its guidance network learns alone
+        studied, guided = bool(config.score.weight), bool(config.matching.weight)
+        few = self.few if sees_images or studied or guided else slice(0)
 
         share = weight_at(config.own_prefix, progress)
         own_B = torch.zeros_like(start_B, dtype=torch.bool)
@@ -142,7 +143,7 @@ class StudentObjective(Objective):
 
         # the pair's tokens follow from the teacher's prefix, not from the student's own
         loss, metrics = self.regression(prediction, ids_BL, codes_BLC, open_BL & ~own_B[:, None], progress, target_BLV)
-        if not (sees_images or scored or guided):
+        if not (sees_images or studied or guided):
             return loss, metrics
         seen = Prediction(embeddings_BLC=prediction.embeddings_BLC[few], logits_BLV=prediction.logits_BLV[few])
         emitted_BLC = student.emitted(seen, sequence_BLC[few])
@@ -160,12 +161,15 @@ class StudentObjective(Objective):
             push, error, matches = self.match(seen, emitted_BLC, labels_B[few], counted_BL, chosen_B[few])
             loss = loss + weight_at(config.matching.weight, progress) * push + error
             metrics |= matches
-        if scored:
+        if studied:
             assert self.score is not None
-            gap, gaps = self.score.student_loss(emitted_BLC, labels_B[few], open_BL[few], generator)
+            if scored:
+                gap, gaps = self.score.student_loss(emitted_BLC, labels_B[few], open_BL[few], generator)
+                loss = loss + scored * gap
+                metrics |= gaps
             error, errors = self.score.guidance_loss(emitted_BLC, labels_B[few], generator, open_BL[few])
-            loss = loss + scored * gap + error
-            metrics |= gaps | errors
+            loss = loss + error
+            metrics |= errors
         return loss, metrics
 
     def first_pass(self, codes_BLC: Tensor, noise_BLC: Tensor, labels_B: Tensor, own_B: Tensor) -> Tensor:
