@@ -75,7 +75,7 @@ class Objective(nn.Module):
         self.critic_lr: dict[str, float] = {}
         """The learning rate of each that is trained, constant after the warm-up."""
 
-    def realigns(self, step: int) -> bool:
+    def realigns(self, step: int, progress: float) -> bool:
         """Whether the model goes back to its EMA before this step."""
         return False
 
@@ -174,7 +174,7 @@ def train(
     bar = tqdm(total=config.steps, initial=begin, unit="step", disable=not (show_progress and main))
     with bar, reporters as reports:
         for step in range(begin, config.steps):
-            if objective.realigns(step):
+            if objective.realigns(step, step / config.steps):
                 model.load_state_dict(ema.state_dict())
             loss, metrics, norm = optimise(wrapped, optimizer, samples, config, step, accelerator)
             if norm is not None:

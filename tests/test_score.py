@@ -337,3 +337,18 @@ def test_the_guidance_network_learns_alone_before_the_term_begins() -> None:
     torch.testing.assert_close(early, gradients(plain, student, 0.4))
     assert (early - late).abs().max() > 1e-5
     assert gradients(objective, objective.critics["guidance"], 0.4).any()
+
+
+def test_the_student_goes_back_to_its_average_only_where_the_term_is_on() -> None:
+    teacher = make_teacher()
+    config = ObjectiveConfig(score=ScoreConfig(weight={0.5: 2.0}, align_every=4, align_steps=1))
+    term = ScoreTerm(teacher, ARDiffusion.from_teacher(teacher))
+    objective = StudentObjective(make_student(teacher), config, score=term)
+    assert [objective.realigns(step, step / 16) for step in (0, 4, 7, 8, 9, 12)] == [
+        False,
+        False,
+        False,
+        True,
+        False,
+        True,
+    ]

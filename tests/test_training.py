@@ -329,7 +329,7 @@ class Duel(Toy):
             parameter.data.zero_()
         self.critic_lr["guess"] = 0.02
 
-    def realigns(self, step: int) -> bool:
+    def realigns(self, step: int, progress: float) -> bool:
         return step == 5
 
     def forward(

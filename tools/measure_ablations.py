@@ -27,9 +27,13 @@ from ddecode.pipeline import DistilledPipeline
 
 RECIPE = Path(__file__).parents[1] / "configs" / "fashion-llamagen-ablation.yaml"
 IMAGES = ("objective.image_batch=64", "objective.own_prefix=0.5", "training.lr=4.0e-4")
-SCORE = (
+VELOCITIES = (
     "objective.score.weight=1.0", "objective.score.guidance_draws=4", "objective.score.lr=4.0e-4",
     "objective.score.tuning={steps: 100, batch: 128, lr: 1.0e-3, warmup_steps: 20, precision: bf16, compile: true}",
+)  # fmt: skip
+TOKENS = (
+    "objective.score.guidance=tokens", "objective.score.weight={0.15: 1.0}", "objective.score.draws=2",
+    "objective.score.lr=4.0e-4",
 )  # fmt: skip
 ADVERSARIAL = ("objective.adversarial.weight=0.3",)
 MATCHING = ("objective.matching={weight: {0.1: 1.0}, temperature: 0.5}",)
@@ -52,25 +56,34 @@ ABLATIONS = {
     "half": Ablation(title="DD1, 3 of 6 layers", overrides=("student.depth=3",)),
     "score": Ablation(
         title="score term alone, from the teacher's weights",
-        overrides=(*SCORE, *IMAGES, "objective.logits=0", "training.steps=120"),
+        overrides=(*VELOCITIES, *IMAGES, "objective.logits=0", "training.steps=120"),
     ),
     "dd2": Ablation(
         title="DD2: its own student, from its first stage",
         overrides=(
-            *SCORE, "objective.score.tuning.steps=200", "objective.score.updates=2", "objective.logits=0",
+            *VELOCITIES, "objective.score.tuning.steps=200", "objective.score.updates=2", "objective.logits=0",
             "objective.image_batch=64", "objective.own_prefix=0.5", "student.split=null", "student.diffusion_head=3",
             "student.initial=tuning", "training.lr=2.0e-4", "training.steps=240",
         ),
     ),
+    "longer": Ablation(
+        title="DD1, as long as those that follow", overrides=("training.lr=4.0e-4", "training.steps=700"),
+        begins_from="dd1",
+    ),
+    "dd1-velocities": Ablation(
+        title="DD1, then score, guidance of velocities",
+        overrides=(*VELOCITIES, *IMAGES, "objective.logits=0", "training.steps=120"), begins_from="dd1",
+    ),
     "dd1-score": Ablation(
-        title="DD1, then score", overrides=(*SCORE, *IMAGES, "objective.logits=0", "training.steps=120"),
+        title="DD1, then score, guidance of tokens",
+        overrides=(*TOKENS, *IMAGES, "objective.logits=0", "training.lr=1.0e-4", "training.steps=240"),
         begins_from="dd1",
     ),
     "dd1-adversarial": Ablation(
         title="DD1 + adversarial", overrides=(*ADVERSARIAL, *IMAGES, "training.steps=240"), begins_from="dd1"
     ),
     "all": Ablation(
-        title="DD1 + score + adversarial", overrides=(*SCORE, *ADVERSARIAL, *IMAGES, "training.steps=100"),
+        title="DD1 + score + adversarial", overrides=(*TOKENS, *ADVERSARIAL, *IMAGES, "training.steps=240"),
         begins_from="dd1",
     ),
     "dd1-matching": Ablation(

@@ -102,8 +102,8 @@ class StudentObjective(Objective):
         """The positions that are emitted as tokens."""
         self.grid = flow_grid(student.codebook_VC, REDRAWING_STEPS)
 
-    def realigns(self, step: int) -> bool:
-        return self.config.score.realigns(step)
+    def realigns(self, step: int, progress: float) -> bool:
+        return weight_at(self.config.score.weight, progress) > 0 and self.config.score.realigns(step)
 
     def forward(
         self,
