@@ -140,7 +140,7 @@ class AdversarialConfig:
 
     weight: Weight = 0.0
     lr: float = 1e-3
-    """Of the discriminator, constant after the warm-up."""
+    """Of the discriminator, constant after the warm-up; it begins with the term, untrained."""
     width: int = 64
     """Of its heads."""
     images: str | None = None
@@ -159,17 +159,18 @@ class ScoreConfig:
     """The score term, DD2's second stage (`ddecode.objectives.score`), and the first, which prepares its guidance."""
 
     weight: Weight = 0.0
-    """Before it begins the guidance network learns alone."""
+    """Until it is above 0 the guidance network already learns from the student, which it does not yet move."""
     form: Literal["dmd", "sid"] = "dmd"
     guidance: Literal["velocities", "tokens"] = "velocities"
-    """What the guidance network learns of the student: velocities of its noisy vectors, as in DD2, or probabilities of
-    its tokens, of which the rest follows exactly; for students that emit tokens at all positions."""
+    """What the guidance network learns of the student. `velocities` of its noisy vectors, DD2's way, which need
+    `tuning`: what is wrong with them moves the student. Or the probabilities of its `tokens`, by cross-entropy, from
+    which the scores follow exactly, for students that emit tokens at all positions."""
     draws: int = 1
     """Noise draws of each sequence for the student."""
     guidance_draws: int = 4
     """The same for the guidance network."""
     updates: int = 1
-    """Steps of the guidance network for each step of the student."""
+    """Steps of the guidance network for each step of the student; `training.steps` counts them all."""
     lr: float = 2e-4
     """Of the guidance network, constant after the warm-up."""
     align_every: int = 0
@@ -213,7 +214,9 @@ class MatchingConfig:
     """The token-matching term (`ddecode.objectives.matching`)."""
 
     weight: Weight = 0.0
-    """Before it begins the guidance network learns alone, which it needs a little of."""
+    """Until it is above 0 the guidance network already learns from the student, which it does not yet move. It needs a
+    little of that. Only sequences that are the student's from the first token on count: where it has a second start,
+    give `objective.own_prefix`, or only its first pass is trained."""
     lr: float = 5e-4
     """Of the guidance network, constant after the warm-up."""
     temperature: float = 1.0
@@ -253,11 +256,12 @@ class ObjectiveConfig:
     energy: Weight = 0.0
     """Energy distance between the features of a batch of outputs and of the teacher's."""
     energy_memory: tuple[int, int] = (0, 0)
-    """Earlier batches of the teacher's features, and of the student's, that the energy distance sets a batch against as
-    well, for less noise. The student's grow stale: a few."""
+    """Earlier batches (of `image_batch` samples) of the teacher's features, and of the student's, that the energy
+    distance sets a batch against as well, for less noise. The student's grow stale: a few."""
     energy_spread: float = 0.0
-    """Step size of the multiplier that brings the student's mean distance within a class, in each kind of pass, to the
-    teacher's, against terms that narrow it; needs `energy_memory`. 0.01 to 0.02 is enough for a few hundred steps."""
+    """By how much a step raises or lowers the push among the student's samples, until their mean distance within a
+    class is the teacher's in each kind of pass, against terms that narrow it; 0 is off. It needs `energy_memory`. 0.01
+    to 0.02 is enough for a few hundred steps."""
     adversarial: AdversarialConfig = field(default_factory=AdversarialConfig)
     score: ScoreConfig = field(default_factory=ScoreConfig)
     matching: MatchingConfig = field(default_factory=MatchingConfig)
@@ -267,7 +271,7 @@ class ObjectiveConfig:
     features: str = "fashion-perceptual"
     """Feature network of the image terms: a bundled one's name, or a folder."""
     image_batch: int = 64
-    """Samples of a batch whose output the image, score and matching terms see."""
+    """Samples of a batch whose output the image, score and matching terms see; all where it has fewer."""
 
     def __post_init__(self) -> None:
         settle(self, "objective")
@@ -282,6 +286,8 @@ class ObjectiveConfig:
         for batches in self.energy_memory:
             check_whole("objective.energy_memory", batches, 0)
         check_weight("objective.energy_spread", self.energy_spread)
+        if any(self.energy_memory) and not self.energy:
+            raise ValueError("objective.energy_memory is of the energy distance: give objective.energy a weight")
         if self.energy_spread and not any(self.energy_memory):
             raise ValueError("objective.energy_spread needs objective.energy_memory, such as [64, 6]")
 
@@ -289,6 +295,11 @@ class ObjectiveConfig:
     def uses_teacher_probabilities(self) -> bool:
         """Whether pairs must come with all that the teacher knew."""
         return self.fresh_noise or self.targets == "probabilities"
+
+    @property
+    def trains(self) -> bool:
+        """Whether there is a term that trains the student."""
+        return bool(self.logits or self.embeddings or self.uses_images or self.score.weight or self.matching.weight)
 
     @property
     def uses_images(self) -> bool:
@@ -312,6 +323,8 @@ class DistillConfig:
 
     def __post_init__(self) -> None:
         settle(self, "")
+        if not self.objective.trains:
+            raise ValueError("all weights of objective are 0: there is nothing to train the student by")
         if self.objective.targets == "probabilities" and self.student.drafts is None:
             raise ValueError(
                 "objective.targets: probabilities is for a student with student.drafts; another's token follows from "

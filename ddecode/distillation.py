@@ -29,7 +29,7 @@ from ddecode.randomness import fresh_weights
 from ddecode.reporters import check_reporters
 from ddecode.run_folder import CRITICS, Checkpoint, sha256
 from ddecode.student import Student
-from ddecode.teacher import Teacher
+from ddecode.teacher import Recipe, Teacher
 from ddecode.training import Samples, train
 
 
@@ -84,20 +84,27 @@ def make_score_term(
     resume: bool,
     show_progress: bool,
 ) -> ScoreTerm:
-    """DD2's score term; its guidance network goes through the first stage in the folder `run`, if there is one.
+    """DD2's score term, of the teacher as the pairs have it; its guidance network goes through the first stage in the
+    folder `run`, if there is one.
 
     Raises:
         ValueError: it is to learn tokens, and the student emits vectors somewhere.
     """
     config, guidance = recipe.objective.score, make_guidance(teacher, student, recipe)
+    sampled = Recipe(**pairs.manifest.recipe)
     if config.tuning is not None:
-        objective = TuningObjective(teacher, guidance, target=config.target, draws=config.guidance_draws)  # type: ignore[arg-type]
+        assert isinstance(guidance, ARDiffusion)
+        objective = TuningObjective(
+            teacher, guidance, recipe=sampled, target=config.target, draws=config.guidance_draws
+        )
         guidance = train(
             objective, pairs, config.tuning, run, identity=identity, resume=resume, show_progress=show_progress
         )
         guidance.train().requires_grad_(True)
     assert isinstance(guidance, Guidance)
-    return ScoreTerm(teacher, guidance, form=config.form, draws=config.draws, guidance_draws=config.guidance_draws)
+    return ScoreTerm(
+        teacher, guidance, recipe=sampled, form=config.form, draws=config.draws, guidance_draws=config.guidance_draws
+    )
 
 
 def make_guidance(teacher: Teacher, student: Student, recipe: DistillConfig) -> nn.Module:
@@ -110,14 +117,14 @@ def make_guidance(teacher: Teacher, student: Student, recipe: DistillConfig) -> 
                 f"objective.score.guidance: tokens is for students that emit tokens at all positions; this one's are "
                 f"vectors from student.split {student.split} on"
             )
-        tokens = TokenGuidance.from_teacher(teacher, passes=1)
+        tokens = TokenGuidance.from_teacher(teacher, passes=len(student.starts))
     if recipe.training.compile:
         compile_blocks(tokens)
     return tokens
 
 
-def make_matching_term(teacher: Teacher, student: Student, config: DistillConfig) -> TokenMatching:
-    """The token-matching term with its guidance network as that begins.
+def make_matching_term(teacher: Teacher, student: Student, pairs: Pairs, config: DistillConfig) -> TokenMatching:
+    """The token-matching term, of the teacher as the pairs have it, with its guidance network as that begins.
 
     Raises:
         ValueError: `objective.matching.initial` is no run with a guidance network of this shape, or is damaged.
@@ -134,7 +141,8 @@ def make_matching_term(teacher: Teacher, student: Student, config: DistillConfig
         guidance.load_state_dict(state)
     if config.training.compile:
         compile_blocks(guidance)
-    return TokenMatching(teacher, guidance, temperature=term.temperature, clip=term.clip)
+    recipe = Recipe(**pairs.manifest.recipe)
+    return TokenMatching(teacher, guidance, recipe=recipe, temperature=term.temperature, clip=term.clip)
 
 
 def guidance_file(term: MatchingConfig) -> Path:
@@ -228,7 +236,7 @@ def distill_alone(config: DistillConfig, pairs_folder: Path, run: Path, *, resum
         if config.student.initial == "tuning":
             assert isinstance(student, DD2Student) and isinstance(score.guidance, ARDiffusion)
             student.initialize_from_tuned(module(score.guidance.backbone), score.guidance.head)
-    matching = make_matching_term(teacher, student, config) if objective.matching.weight else None
+    matching = make_matching_term(teacher, student, pairs, config) if objective.matching.weight else None
     with fresh_weights(config.training.seed):
         weighted = StudentObjective(
             student, objective, features=features, score=score, matching=matching, positives=positives

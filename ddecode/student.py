@@ -1,5 +1,5 @@
 """Students: what they have in common, and DD1's, new inputs and two heads around a teacher's own backbone
-(arXiv 2412.17153, section 3.2). The other kind is in `ddecode.draft_student`.
+(arXiv 2412.17153, section 3.2). The other kinds are in `ddecode.draft_student` and `ddecode.dd2_student`.
 
 B batch, L token positions, P condition positions, V codes, C code width, D model width.
 """

@@ -263,12 +263,13 @@ def optimise(
         seen.append({"loss": loss.detach()} | metrics)
     mean = {name: torch.stack([each[name].to(accelerator.device) for each in seen]).mean(0) for name in seen[0]}
     norm = None
-    for critic in (False, True):  # each clipped for itself: neither's gradient shrinks the other's step
-        groups = [group["params"] for group in optimizer.param_groups if group["critic"] is critic]
-        parameters = [p for group in groups for p in group if p.grad is not None]
+    model = [parameter for group in optimizer.param_groups if not group["critic"] for parameter in group["params"]]
+    critics = [group["params"] for group in optimizer.param_groups if group["critic"]]
+    for network in (model, *critics):  # each clipped for itself: none's gradient shrinks another's step
+        parameters = [parameter for parameter in network if parameter.grad is not None]
         if parameters:
             clipped = accelerator.clip_grad_norm_(parameters, config.clip_norm)
-            norm = norm if critic else float(whole(clipped))
+            norm = float(whole(clipped)) if network is model else norm
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return mean.pop("loss"), mean, norm

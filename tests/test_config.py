@@ -126,6 +126,8 @@ def test_overrides(path: Path, override: str, key: str, value: Any) -> None:
         ("student.initial_share=0.5", r"initial_share is of a model's weights; student\.initial is teacher"),
         ("student.initial_share=1", r"student\.initial_share must lie in \[0, 1\)"),
         ("objective.energy_spread=0.02", r"energy_spread needs objective\.energy_memory"),
+        ("objective.energy_memory=[4, 2]", r"objective\.energy_memory is of the energy distance"),
+        ("objective={logits: 0}", "all weights of objective are 0"),
         ("objective.energy_spread=-1", r"objective\.energy_spread must be at least 0"),
         (
             "objective.score={guidance: tokens, tuning: {steps: 1, batch: 2, lr: 1}}",

@@ -30,10 +30,12 @@ from ddecode.distillation import distill
 from ddecode.evaluation.features import FeatureNetwork
 from ddecode.files import read_tensors
 from ddecode.objectives import positives
-from ddecode.objectives.score import ScoreTerm
+from ddecode.objectives.matching import TokenMatching
+from ddecode.objectives.score import ScoreTerm, TuningObjective
 from ddecode.objectives.student import StudentObjective
 from ddecode.pairs import make_manifest, write_pairs
 from ddecode.pipeline import DistilledPipeline
+from ddecode.teacher import Recipe
 
 
 @pytest.fixture
@@ -187,6 +189,26 @@ def test_the_score_terms_guidance_network_may_be_of_tokens(model: Path, pairs: P
     assert "guidance.backbone.output.weight" in critics and not any("head" in name for name in critics)
     with pytest.raises(ValueError, match=r"objective\.score\.guidance: tokens is for .* student\.split 10 on"):
         distill(recipe_of(model, tmp_path, *tokens), pairs, tmp_path / "b", show_progress=False)
+
+
+@pytest.mark.parametrize("kind", [ScoreTerm, TuningObjective, TokenMatching])
+def test_terms_are_of_the_teacher_as_the_pairs_have_it(
+    kind: Any, model: Path, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = recipe_of(model, tmp_path, *SCORE, *MATCHING, "pairs.recipe={guidance_scale: 3, top_k: 5}")
+    folder, found = ModelFolder.open(model), []
+    teacher = folder.teacher()
+    manifest = make_manifest(teacher, "m", folder.teacher_hash(), recipe.pairs)
+    write_pairs(teacher, manifest, tmp_path / "others", show_progress=False)
+    init = kind.__init__
+
+    def recorded(self: Any, *arguments: Any, **options: Any) -> None:
+        init(self, *arguments, **options)
+        found.append(self.recipe)
+
+    monkeypatch.setattr(kind, "__init__", recorded)
+    distill(recipe, tmp_path / "others", tmp_path / "run", show_progress=False)
+    assert found == [Recipe(guidance_scale=3.0, top_k=5)]
 
 
 def test_the_guidance_network_starts_from_the_first_stage(

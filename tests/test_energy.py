@@ -146,6 +146,19 @@ def test_each_kind_of_sample_is_set_against_its_own() -> None:
     assert metrics["spread_K"].shape == (3,) and metrics["spread_K"][2] == 1
 
 
+def test_a_sample_without_peers_of_its_own_is_not_pulled_to_the_middle() -> None:
+    """The only one of its class and kind, and nothing remembered of it: there is nothing to push it away."""
+    labels = torch.tensor([0, 0, 0, 1])
+    ours = draw(4, 0).requires_grad_()
+    remembered = RememberedEnergy(5, theirs=8, ours=0)
+    remembered(ours, draw(4, 1), labels)
+    (gradient,) = torch.autograd.grad(remembered(ours, draw(4, 2), labels)[0], ours)
+    assert not gradient[3].any() and gradient[:3].abs().sum(1).min() > 0
+    alone = RememberedEnergy(5, theirs=8, ours=0)
+    value, metrics = alone(ours, draw(4, 1), torch.arange(4))
+    assert value.item() == 0 and metrics["spread_K"].item() == 1 and alone.multiplier_K.item() == 0
+
+
 def test_a_wide_kind_does_not_make_up_for_a_narrow_one() -> None:
     labels, kinds = torch.zeros(400, dtype=torch.int64), torch.arange(400) % 2
     scale = torch.tensor([0.8, 1.2])[kinds].requires_grad_()

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from tiny import L, make_teacher, seeded
@@ -377,6 +378,29 @@ def test_a_critic_keeps_its_learning_rate_and_the_log_its_vectors(tmp_path: Path
     rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert all(isinstance(row["error_B"], list) and len(row["error_B"]) == 2 for row in rows)
     assert [row["grad_norm"] is None for row in rows] == [False, False, True] * 3
+
+
+def test_each_network_is_clipped_for_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    objective, clipped = Duel(), []
+    objective.critics["second"] = nn.Linear(2, 1)
+    objective.critic_lr["second"] = 0.1
+    clip = Accelerator.clip_grad_norm_
+
+    def recorded(self: Accelerator, parameters: list[nn.Parameter], *options: Any) -> Any:
+        clipped.append({id(parameter) for parameter in parameters})
+        return clip(self, parameters, *options)
+
+    monkeypatch.setattr(Accelerator, "clip_grad_norm_", recorded)
+    forward = Duel.forward
+
+    def with_second(self: Duel, *arguments: Any, **options: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        loss, metrics = forward(self, *arguments, **options)
+        return loss + self.critics["second"](torch.ones(2)).sum(), metrics
+
+    monkeypatch.setattr(Duel, "forward", with_second)
+    train(objective, Points(), dataclasses.replace(CONFIG, steps=1), tmp_path, identity={}, show_progress=False)
+    networks = (objective.model, objective.critics["guess"], objective.critics["second"])
+    assert clipped == [{id(parameter) for parameter in network.parameters()} for network in networks]
 
 
 def test_the_model_goes_back_to_its_average_when_the_objective_says_so(tmp_path: Path) -> None:

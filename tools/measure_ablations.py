@@ -15,9 +15,10 @@ from itertools import pairwise
 from pathlib import Path
 from statistics import median
 
+from ddecode.checkpoint import RECIPE as RECIPE_FILE
 from ddecode.checkpoint import ModelFolder
 from ddecode.cli.eval import open_judge
-from ddecode.config import DistillConfig, read_config
+from ddecode.config import DistillConfig, as_yaml, read_config
 from ddecode.distillation import distill
 from ddecode.evaluation.results import as_json
 from ddecode.evaluation.zoo import ZooResult, evaluate
@@ -32,8 +33,7 @@ VELOCITIES = (
     "objective.score.tuning={steps: 100, batch: 128, lr: 1.0e-3, warmup_steps: 20, precision: bf16, compile: true}",
 )  # fmt: skip
 TOKENS = (
-    "objective.score.guidance=tokens", "objective.score.weight={0.15: 1.0}", "objective.score.draws=2",
-    "objective.score.lr=4.0e-4",
+    "objective.score.guidance=tokens", "objective.score.weight={0.15: 1.0}", "objective.score.lr=4.0e-4",
 )  # fmt: skip
 ADVERSARIAL = ("objective.adversarial.weight=0.3",)
 MATCHING = ("objective.matching={weight: {0.1: 1.0}, temperature: 0.5}",)
@@ -67,7 +67,7 @@ ABLATIONS = {
         ),
     ),
     "longer": Ablation(
-        title="DD1, as long as those that follow", overrides=("training.lr=4.0e-4", "training.steps=700"),
+        title="DD1, 700 steps more", overrides=("training.lr=4.0e-4", "training.steps=700"),
         begins_from="dd1",
     ),
     "dd1-velocities": Ablation(
@@ -76,14 +76,13 @@ ABLATIONS = {
     ),
     "dd1-score": Ablation(
         title="DD1, then score, guidance of tokens",
-        overrides=(*TOKENS, *IMAGES, "objective.logits=0", "training.lr=1.0e-4", "training.steps=240"),
-        begins_from="dd1",
+        overrides=(*TOKENS, *IMAGES, "objective.logits=0", "training.steps=140"), begins_from="dd1",
     ),
     "dd1-adversarial": Ablation(
         title="DD1 + adversarial", overrides=(*ADVERSARIAL, *IMAGES, "training.steps=240"), begins_from="dd1"
     ),
     "all": Ablation(
-        title="DD1 + score + adversarial", overrides=(*TOKENS, *ADVERSARIAL, *IMAGES, "training.steps=240"),
+        title="DD1 + score + adversarial", overrides=(*TOKENS, *ADVERSARIAL, *IMAGES, "training.steps=140"),
         begins_from="dd1",
     ),
     "dd1-matching": Ablation(
@@ -107,7 +106,10 @@ def run_of(out: Path, name: str) -> Path:
     if ablation.begins_from is not None:
         overrides.append(f"student.initial={run_of(out, ablation.begins_from)}")
     config = read_config(RECIPE, DistillConfig, overrides)
-    if not (run / "model" / "config.json").is_file():
+    made = run / "model" / RECIPE_FILE
+    if made.is_file() and made.read_text() != as_yaml(config):
+        raise SystemExit(f"{run} was made by another recipe: delete it, or choose another --out")
+    if not made.is_file():
         print(f"{name}: {ablation.title}", flush=True)
         distill(config, pairs_of(config, out, ablation.pairs), run, resume=True)
     return run / "model"

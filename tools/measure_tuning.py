@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ddecode.checkpoint import ModelFolder
 from ddecode.cli.eval import open_judge
-from ddecode.config import TrainingConfig
+from ddecode.config import TrainingConfig, as_dict
 from ddecode.evaluation.metrics import Gaussian, control_share, fit_gaussian, frechet_distance
 from ddecode.evaluation.zoo import Judge, permute_within_class
 from ddecode.images import to_uint8
@@ -27,7 +27,7 @@ from ddecode.teacher import Teacher, draw_noise
 from ddecode.training import train
 
 KEPT = 512
-"""Sequences at the end of the pairs that the error is measured on; the first of them train."""
+"""Sequences at the end of the pairs that are kept for measuring the error; those before them train."""
 BATCH = 250
 
 
@@ -102,12 +102,14 @@ def main() -> None:
 
     folder = ModelFolder.open(args.model)
     teacher, pairs = folder.teacher(), Pairs(args.pairs, teacher_hash=folder.teacher_hash())
+    if len(pairs) < 2 * KEPT:
+        parser.error(f"--pairs holds {len(pairs)} pairs; at least {2 * KEPT} are needed")
     distances = Distances(teacher, open_judge(folder), args.num, args.seed)
     shape = teacher.length, teacher.codebook_VC.shape[1]
     noise_NLC = draw_noise(sample_generators(args.seed + 2, range(args.num)), args.num, shape)
     config = TrainingConfig(
         steps=args.steps, batch=args.batch, lr=1e-3, warmup_steps=20, ema_decay=0.98, precision="bf16", compile=True,
-        log_every=10,
+        log_every=10, seed=args.seed,
     )  # fmt: skip
     print(f"{args.model}, {args.steps} steps of {args.batch}; E: n {args.num} a set, seed {args.seed}\n")
     print("| target | held-out error of the velocities | E |\n|---|---|---|")
@@ -115,7 +117,7 @@ def main() -> None:
         with fresh_weights(args.seed):
             network = ARDiffusion.from_teacher(teacher)
         objective = TuningObjective(teacher, network, target=target)
-        identity = {"target": target, "config": str(config)}
+        identity = {"target": target, "config": as_dict(config), "teacher": folder.teacher_hash(), "pairs": len(pairs)}
         model = train(objective, Beginning(pairs), config, args.out / target, identity=identity, resume=True)
         assert isinstance(model, ARDiffusion)
         parts = zip(noise_NLC.split(BATCH), distances.labels_N.split(BATCH), strict=True)

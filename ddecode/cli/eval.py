@@ -120,7 +120,7 @@ def open_inspector(args: argparse.Namespace) -> Inspector:
     return Inspector(protocol=protocol, extractor=extractor, reference=reference)
 
 
-def open_judge(folder: ModelFolder, chosen: Path | None) -> zoo.Judge:
+def open_judge(folder: ModelFolder, chosen: Path | None = None) -> zoo.Judge:
     """The feature network that is chosen, or that a model's config names.
 
     Raises:

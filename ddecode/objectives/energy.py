@@ -111,6 +111,8 @@ class RememberedEnergy(nn.Module):
             across_B = distance_to_peers(ours_BF / scale_F, target_NF / scale_F, labels_B, target_N)
             within_B = distance_to_peers(ours_BF / scale_F, other_NF / scale_F, group_B, other_N)
             theirs_B = distance_to_peers(theirs_BF / scale_F, target_NF / scale_F, labels_B, target_N)
+        # without peers that it is pushed from, a sample would only be pulled, to the middle of its class
+        across_B = across_B.where(~within_B.isnan(), torch.nan)
         self.theirs.add(theirs_BF, labels_B)
         self.ours.add(ours_BF, group_B)
         across, within = mean_of_known(across_B), mean_of_known(within_B)

@@ -31,8 +31,8 @@ LEAST_LOG_PROB = -20.0
 class TokenGuidance(Guidance):
     """An AR model of the tokens that a student emits in each of its passes.
 
-    In the score term it stands for all passes alike. What it says of noisy codes is exact for the probabilities that it
-    has learned, so, unlike a network of velocities, it has no first stage to go through.
+    What it says of noisy codes is exact for the probabilities that it has learned, so, unlike a network of velocities,
+    it has no first stage to go through before it serves in the score term.
 
     Args:
         backbone: trained; it reads and predicts tokens as the teacher does.
@@ -64,14 +64,18 @@ class TokenGuidance(Guidance):
             pass_B = torch.zeros(len(prefix_BPD), dtype=torch.int64, device=prefix_BPD.device)
         return dataclasses.replace(condition, prefix_BPD=prefix_BPD + self.passes(pass_B)[:, None].to(prefix_BPD.dtype))
 
-    def posterior_means(self, ids_BL: Tensor, labels: Any, noisy: NoisyCodes, codebook_VC: Tensor) -> Tensor:
+    def posterior_means(
+        self, ids_BL: Tensor, labels: Any, noisy: NoisyCodes, codebook_VC: Tensor, pass_B: Tensor | None = None
+    ) -> Tensor:
         with torch.no_grad():
-            log_probs_BLV = self(ids_BL, labels).log_softmax(-1)
+            log_probs_BLV = self(ids_BL, labels, pass_B).log_softmax(-1)
         return posterior_mean(noisy.x_RBLC, noisy.time_RBL, log_probs_BLV, codebook_VC)
 
-    def errors(self, ids_BL: Tensor, labels: Any, codes_BLC: Tensor, noisy: NoisyCodes) -> Tensor:
+    def errors(
+        self, ids_BL: Tensor, labels: Any, codes_BLC: Tensor, noisy: NoisyCodes, pass_B: Tensor | None = None
+    ) -> Tensor:
         """Cross-entropy of the tokens, in nats; it sees codes, and no noise."""
-        return F.cross_entropy(self(ids_BL, labels).transpose(1, 2), ids_BL, reduction="none")
+        return F.cross_entropy(self(ids_BL, labels, pass_B).transpose(1, 2), ids_BL, reduction="none")
 
     @torch.no_grad()
     def sample(self, noise_BLC: Tensor, labels: Any, codebook_VC: Tensor, num_steps: int = 16) -> Tensor:

@@ -128,7 +128,9 @@ class Guidance(nn.Module, ABC):
     """
 
     @abstractmethod
-    def posterior_means(self, ids_BL: Tensor, labels: Any, noisy: NoisyCodes, codebook_VC: Tensor) -> Tensor:
+    def posterior_means(
+        self, ids_BL: Tensor, labels: Any, noisy: NoisyCodes, codebook_VC: Tensor, pass_B: Tensor | None = None
+    ) -> Tensor:
         """D of the noisy codes, fp32 [R,B,L,C], with gradients to them alone.
 
         Args:
@@ -136,10 +138,14 @@ class Guidance(nn.Module, ABC):
             labels: int64 [B], or captions.
             noisy: of the generator's output.
             codebook_VC: the codes.
+            pass_B: int64, in which of its passes the generator emitted them, for networks that tell them apart; None
+                is the first.
         """
 
     @abstractmethod
-    def errors(self, ids_BL: Tensor, labels: Any, codes_BLC: Tensor, noisy: NoisyCodes) -> Tensor:
+    def errors(
+        self, ids_BL: Tensor, labels: Any, codes_BLC: Tensor, noisy: NoisyCodes, pass_B: Tensor | None = None
+    ) -> Tensor:
         """What it gets wrong of codes whose nearest tokens are `ids_BL`, fp32 [B,L] with gradients to its weights."""
 
     @abstractmethod
@@ -189,7 +195,9 @@ class ARDiffusion(Guidance):
         """What the tokens of earlier AR steps say about each position: [B,L,D]."""
         return forced_hidden(self.backbone, ids_BL, self.backbone.condition(labels))
 
-    def posterior_means(self, ids_BL: Tensor, labels: Any, noisy: NoisyCodes, codebook_VC: Tensor) -> Tensor:
+    def posterior_means(
+        self, ids_BL: Tensor, labels: Any, noisy: NoisyCodes, codebook_VC: Tensor, pass_B: Tensor | None = None
+    ) -> Tensor:
         with torch.no_grad():
             features_BLD = self.features(ids_BL, labels)
         frozen = {name: parameter.detach() for name, parameter in self.head.named_parameters()}
@@ -197,7 +205,9 @@ class ARDiffusion(Guidance):
         velocity_RBLC: Tensor = functional_call(self.head, frozen, arguments)
         return noisy.x_RBLC - noisy.time_RBL[..., None] * velocity_RBLC
 
-    def errors(self, ids_BL: Tensor, labels: Any, codes_BLC: Tensor, noisy: NoisyCodes) -> Tensor:
+    def errors(
+        self, ids_BL: Tensor, labels: Any, codes_BLC: Tensor, noisy: NoisyCodes, pass_B: Tensor | None = None
+    ) -> Tensor:
         """Squared, of eps - q, whose mean is the velocity; the mean over noise draws and directions."""
         velocity_RBLC = self(ids_BL, labels, noisy.x_RBLC, noisy.time_RBL)
         return (velocity_RBLC - (noisy.noise_RBLC - codes_BLC)).square().mean((0, -1))
@@ -325,7 +335,13 @@ class ScoreTerm(nn.Module):
         self.draws, self.guidance_draws = draws, guidance_draws
 
     def student_loss(
-        self, emitted_BLC: Tensor, labels_B: Tensor, open_BL: Tensor, generator: torch.Generator
+        self,
+        emitted_BLC: Tensor,
+        labels_B: Tensor,
+        open_BL: Tensor,
+        generator: torch.Generator,
+        *,
+        pass_B: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """What moves the generator; neither the guidance network nor the prefix gets a gradient.
 
@@ -334,6 +350,7 @@ class ScoreTerm(nn.Module):
             labels_B: int64 [B], or captions.
             open_BL: bool, the positions that the generator emitted; others are prefix only.
             generator: of the CPU.
+            pass_B: see `Guidance.posterior_means`.
 
         Returns:
             The loss, a mean over open positions, and metrics: `score_gap`, the mean |D_teacher - D_guidance|, and
@@ -346,7 +363,7 @@ class ScoreTerm(nn.Module):
         through = emitted_BLC if self.form == "sid" else emitted_BLC.detach()
         noisy = noisy_codes(through, self.draws, generator)
         teacher_RBLC = posterior_mean(noisy.x_RBLC, noisy.time_RBL, log_probs_BLV, codebook_VC)
-        guidance_RBLC = self.guidance.posterior_means(ids_BL, labels_B, noisy, codebook_VC)
+        guidance_RBLC = self.guidance.posterior_means(ids_BL, labels_B, noisy, codebook_VC, pass_B)
 
         open_BL = open_BL.to(emitted_BLC.dtype)
         difference_RBLC = guidance_RBLC - teacher_RBLC
@@ -363,7 +380,13 @@ class ScoreTerm(nn.Module):
         return mean_where(value_BL, open_BL), metrics
 
     def guidance_loss(
-        self, emitted_BLC: Tensor, labels_B: Tensor, generator: torch.Generator, open_BL: Tensor | None = None
+        self,
+        emitted_BLC: Tensor,
+        labels_B: Tensor,
+        generator: torch.Generator,
+        open_BL: Tensor | None = None,
+        *,
+        pass_B: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """What teaches the guidance network the generator's own distributions (`Guidance.errors`).
 
@@ -372,6 +395,7 @@ class ScoreTerm(nn.Module):
             labels_B: int64 [B], or captions.
             generator: of the CPU.
             open_BL: bool, the positions that the generator emitted; None is all.
+            pass_B: see `Guidance.posterior_means`.
 
         Returns:
             The loss, a mean over open positions, and metrics: `guidance_error`, the same.
@@ -379,7 +403,7 @@ class ScoreTerm(nn.Module):
         emitted_BLC = emitted_BLC.detach().float()
         noisy = noisy_codes(emitted_BLC, self.guidance_draws, generator)
         ids_BL = nearest_code(emitted_BLC, self.teacher.codebook_VC)
-        error_BL = self.guidance.errors(ids_BL, labels_B, emitted_BLC, noisy)
+        error_BL = self.guidance.errors(ids_BL, labels_B, emitted_BLC, noisy, pass_B)
         loss = error_BL.mean() if open_BL is None else mean_where(error_BL, open_BL.to(error_BL.dtype))
         return loss, {"guidance_error": loss.detach()}
 

@@ -164,10 +164,14 @@ class StudentObjective(Objective):
         if studied:
             assert self.score is not None
             if scored:
-                gap, gaps = self.score.student_loss(emitted_BLC, labels_B[few], open_BL[few], generator)
+                gap, gaps = self.score.student_loss(
+                    emitted_BLC, labels_B[few], open_BL[few], generator, pass_B=chosen_B[few]
+                )
                 loss = loss + scored * gap
                 metrics |= gaps
-            error, errors = self.score.guidance_loss(emitted_BLC, labels_B[few], generator, open_BL[few])
+            error, errors = self.score.guidance_loss(
+                emitted_BLC, labels_B[few], generator, open_BL[few], pass_B=chosen_B[few]
+            )
             loss = loss + error
             metrics |= errors
         return loss, metrics
@@ -247,16 +251,19 @@ class StudentObjective(Objective):
         with torch.no_grad():
             theirs = self.look(codes_BLC)
         loss, metrics = emitted_BLC.new_zeros(()), Metrics()
-        if perceptual or energy:
+        if perceptual:
             gap = mean_of_all(perceptual_gap(ours, theirs)[~own_B].sum(), (~own_B).sum())
+            loss = loss + perceptual * gap
+            metrics["perceptual"] = gap.detach()
+        if energy:
             described = of_all(ours.descriptors()), of_all(theirs.descriptors())
             if "energy" in self.critics:
                 distance, spreads = self.critics["energy"](*described, of_all(labels_B), of_all(kind_B))
                 metrics |= spreads
             else:
                 distance = energy_distance(*standardise(*described), of_all(labels_B))
-            loss = loss + perceptual * gap + energy * distance
-            metrics |= {"perceptual": gap.detach(), "energy": distance.detach()}
+            loss = loss + energy * distance
+            metrics["energy"] = distance.detach()
         if adversarial:
             discriminator = self.critics["discriminator"]
             assert isinstance(discriminator, Discriminator)
@@ -285,7 +292,7 @@ class StudentObjective(Objective):
         return self.features(self.model.tokenizer.decode(codes_BLC))
 
     def guidance_turn(self, noise_BLC: Tensor, labels_B: Tensor, generator: torch.Generator) -> tuple[Tensor, Metrics]:
-        """A step in which the guidance network alone learns, on fresh samples of the student in one pass."""
+        """A step in which the guidance network alone learns, on samples of the student in one pass."""
         assert self.score is not None
         emitted_BLC = self.model.emit(noise_BLC[self.few], labels_B[self.few], 0, noise_BLC.shape[1])
         return self.score.guidance_loss(emitted_BLC, labels_B[self.few], generator)
