@@ -53,7 +53,9 @@ def bundle_student(args: argparse.Namespace, folder: Path) -> None:
     zoo, run = ModelFolder.open(ZOO / args.of if args.of else folder), ModelFolder.open(args.student)
     if run.teacher_hash() != zoo.teacher_hash():
         raise SystemExit(f"{args.student} was distilled from another teacher than the one in {zoo.path}")
-    parts = {"tokenizer": zoo.tokenizer(), "teacher": zoo.teacher().backbone, "student": run.student()}
+    parts: dict[str, Any] = {
+        "tokenizer": zoo.tokenizer(), "teacher": zoo.teacher().backbone, "student": run.student(),
+    }  # fmt: skip
     description = without_format(zoo) | {"student": run.config["student"]}
     if args.of:
         description = {key: value for key, value in description.items() if key not in ("teacher", "others")}

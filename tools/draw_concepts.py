@@ -14,6 +14,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from ddecode import DistilledPipeline
+from ddecode.config import as_dict
 from ddecode.files import write_aside
 from ddecode.images import png, to_uint8
 from ddecode.trajectory import resolve
@@ -65,12 +66,7 @@ def draw(pipe: DistilledPipeline, label: int, seed: int) -> Image.Image:
     assert teacher is not None and pipe.student is not None
     codes_VC, length = teacher.codebook_VC, pipe.length
     noise_LC = torch.randn(length, codes_VC.shape[1], generator=torch.Generator().manual_seed(seed))
-    recipe = {
-        "guidance_scale": teacher.recipe.guidance_scale,
-        "top_k": teacher.recipe.top_k,
-        "top_p": teacher.recipe.top_p,
-    }
-    ids_L = resolve(teacher, noise_LC[None], [label], **recipe)[0]
+    ids_L = resolve(teacher, noise_LC[None], [label], **as_dict(teacher.recipe))[0]
     student_LC = pipe([label], generator=torch.Generator().manual_seed(seed), output_type="latent").images[0]
     spread = float(codes_VC.abs().mean()) * 2
 

@@ -10,18 +10,20 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from ddecode.conversion import adapter_of, convert
+from ddecode.teacher import Teacher
 from third_party_loaders import load_llamagen, load_var
 from third_party_loaders.published import ARCHITECTURES
 from third_party_loaders.state import meta_module, read_state
 
-LOADERS = {"var": load_var, "llamagen": load_llamagen}
+LOADERS: dict[str, Callable[[Path, Path], Teacher]] = {"var": load_var, "llamagen": load_llamagen}
 
 
 def random_state(kind: str, sizes: object) -> dict[str, Tensor]:
@@ -52,6 +54,7 @@ def measure(name: str, folder: Path) -> dict[str, float]:
     teacher = LOADERS[ARCHITECTURES[name].family](folder / "model.pth", folder / "tokenizer.pth")
     loaded_s, loaded = time.perf_counter() - begin, peak_bytes() - before
     for part in (teacher.backbone, teacher.tokenizer):
+        assert isinstance(part, nn.Module)
         assert all(tensor.isfinite().all() for tensor in part.state_dict().values())  # reads every weight once
     read = peak_bytes() - before
     ids = teacher.generate([207], guidance_scale=2.0, top_k=900, generator=torch.Generator().manual_seed(0))

@@ -97,7 +97,7 @@ def make_pairs(teacher: Teacher, manifest: Manifest, batches: int) -> float:
 
 def measure(teacher: Teacher, manifest: Manifest, repeats: int) -> dict[str, float]:
     make_pairs(teacher, manifest, 1)
-    map_clock = trajectory.noise_to_tokens = MapClock()  # type: ignore[assignment]
+    map_clock = trajectory.noise_to_tokens = MapClock()
     plain_s, pairs_s = [], []
     for _ in range(repeats):
         plain_s.append(sample_plainly(teacher, manifest))

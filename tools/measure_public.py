@@ -92,7 +92,7 @@ def write_weights(architecture: Architecture, folder: Path) -> None:
     parts: dict[str, tuple[str, Any, Any]] = {
         "tokenizer": (f"{family}-tokenizer", tokenizer, architecture.tokenizer),
         "teacher": (family, teacher.backbone, architecture.backbone),
-        "student": (f"dd1-{family}", student, student.backbone.config),  # type: ignore[attr-defined]
+        "student": (f"dd1-{family}", student, student.backbone.config),
     }
     for name, (kind, module, config) in parts.items():
         torch.save(adapter_of(kind).upstream(module.state_dict(), config), folder / f"{name}.pth")
@@ -110,8 +110,8 @@ def own_generator() -> torch.Generator:
 def our_samplers(architecture: Architecture, folder: Path, dtype: str, *, compiled: bool) -> dict[str, Sampler]:
     """Teacher and student through the pipeline, as a user calls it."""
     of_networks, of_decoder = DTYPES[dtype]
-    states = [folder / f"{name}.pth" for name in ("teacher", "tokenizer")]
-    teacher = (load_var if architecture.family == "var" else load_llamagen)(*states)
+    loaded = load_var if architecture.family == "var" else load_llamagen
+    teacher = loaded(folder / "teacher.pth", folder / "tokenizer.pth")
     split = torch.load(folder / "noise.pth")["split"]
     student = load_dd1_student(folder / "student.pth", teacher.tokenizer, architecture.family, split=split)  # type: ignore[arg-type]
     pipe = DistilledPipeline(
@@ -173,7 +173,7 @@ class Worker:
             self.process.stdin.flush()
         answer = self.process.stdout.readline()
         if not answer:
-            raise RuntimeError(f"{self.process.args} ended:\n{self.log.read_text()[-2000:]}")
+            raise RuntimeError(f"{self.process.args!r} ended:\n{self.log.read_text()[-2000:]}")
         return float(answer)
 
     def close(self) -> None:

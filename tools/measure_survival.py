@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 import zipfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -155,7 +156,7 @@ def read(path: Path) -> Any:
         Exception: it is torn.
     """
     if path.name == SUMS:
-        sums = dict(reversed(line.split("  ")) for line in path.read_text().splitlines())
+        sums = {name: digest for digest, name in (line.split("  ") for line in path.read_text().splitlines())}
         if sums != {file.name: sha256(file) for file in path.parent.iterdir() if file != path}:
             raise ValueError(f"{path} says otherwise")
         return sorted(sums)
@@ -166,7 +167,7 @@ def read(path: Path) -> Any:
         if zipfile.ZipFile(path).testzip():
             raise ValueError(f"{path} is torn")
         return torch.load(path, weights_only=True)
-    check = {
+    check: dict[str, Callable[[Path], Any]] = {
         ".json": lambda path: json.loads(path.read_text()), ".yaml": lambda path: yaml.safe_load(path.read_text()),
         ".npz": read_block, ".png": check_png, ".safetensors": load_file,
     }  # fmt: skip

@@ -10,6 +10,7 @@ import sys
 import types
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -144,7 +145,7 @@ def public_dd1_llamagen(architecture: Architecture, folder: Path, clone: Path) -
     return {"1": sample}
 
 
-def public_vq(architecture: Architecture, folder: Path) -> nn.Module:
+def public_vq(architecture: Architecture, folder: Path) -> Any:
     from tokenizer.tokenizer_image.vq_model import VQ_models
 
     sizes = architecture.tokenizer

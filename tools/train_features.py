@@ -33,7 +33,8 @@ def main() -> None:
 
     torch.manual_seed(args.seed)
     widths = tuple(int(w) for w in args.widths.split(","))
-    network = FeatureNetwork(widths=widths, blocks=args.blocks).to(memory_format=torch.channels_last)
+    network = FeatureNetwork(widths=widths, blocks=args.blocks)
+    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     train, labels = load_fashion_mnist("train", args.data)
     test, test_labels = load_fashion_mnist("test", args.data)
     optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3, weight_decay=0.02)
