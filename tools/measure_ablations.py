@@ -66,23 +66,23 @@ ABLATIONS = {
             "student.initial=tuning", "training.lr=2.0e-4", "training.steps=240",
         ),
     ),
-    "longer": Ablation(
-        title="DD1, 700 steps more", overrides=("training.lr=4.0e-4", "training.steps=700"),
-        begins_from="dd1",
-    ),
     "dd1-velocities": Ablation(
-        title="DD1, then score, guidance of velocities",
+        title="DD1, then score alone, guidance of velocities",
         overrides=(*VELOCITIES, *IMAGES, "objective.logits=0", "training.steps=120"), begins_from="dd1",
     ),
     "dd1-score": Ablation(
-        title="DD1, then score, guidance of tokens",
-        overrides=(*TOKENS, *IMAGES, "objective.logits=0", "training.steps=140"), begins_from="dd1",
+        title="DD1, then score alone, guidance of tokens",
+        overrides=(
+            *TOKENS, *IMAGES, "objective.logits=0", "objective.score.updates=2", "training.lr=5.0e-5",
+            "training.steps=200",
+        ),
+        begins_from="dd1",
     ),
     "dd1-adversarial": Ablation(
         title="DD1 + adversarial", overrides=(*ADVERSARIAL, *IMAGES, "training.steps=240"), begins_from="dd1"
     ),
     "all": Ablation(
-        title="DD1 + score + adversarial", overrides=(*TOKENS, *ADVERSARIAL, *IMAGES, "training.steps=140"),
+        title="DD1 + score + adversarial", overrides=(*VELOCITIES, *ADVERSARIAL, *IMAGES, "training.steps=100"),
         begins_from="dd1",
     ),
     "dd1-matching": Ablation(
