@@ -29,7 +29,7 @@ from ddecode.randomness import fresh_weights
 from ddecode.reporters import check_reporters
 from ddecode.run_folder import CRITICS, Checkpoint, sha256
 from ddecode.student import Student
-from ddecode.teacher import Recipe, Teacher
+from ddecode.teacher import Teacher
 from ddecode.training import Samples, train
 
 
@@ -91,11 +91,10 @@ def make_score_term(
         ValueError: it is to learn tokens, and the student emits vectors somewhere.
     """
     config, guidance = recipe.objective.score, make_guidance(teacher, student, recipe)
-    sampled = Recipe(**pairs.manifest.recipe)
     if config.tuning is not None:
         assert isinstance(guidance, ARDiffusion)
         objective = TuningObjective(
-            teacher, guidance, recipe=sampled, target=config.target, draws=config.guidance_draws
+            teacher, guidance, recipe=pairs.recipe, target=config.target, draws=config.guidance_draws
         )
         guidance = train(
             objective, pairs, config.tuning, run, identity=identity, resume=resume, show_progress=show_progress
@@ -103,7 +102,12 @@ def make_score_term(
         guidance.train().requires_grad_(True)
     assert isinstance(guidance, Guidance)
     return ScoreTerm(
-        teacher, guidance, recipe=sampled, form=config.form, draws=config.draws, guidance_draws=config.guidance_draws
+        teacher,
+        guidance,
+        recipe=pairs.recipe,
+        form=config.form,
+        draws=config.draws,
+        guidance_draws=config.guidance_draws,
     )
 
 
@@ -141,8 +145,7 @@ def make_matching_term(teacher: Teacher, student: Student, pairs: Pairs, config:
         guidance.load_state_dict(state)
     if config.training.compile:
         compile_blocks(guidance)
-    recipe = Recipe(**pairs.manifest.recipe)
-    return TokenMatching(teacher, guidance, recipe=recipe, temperature=term.temperature, clip=term.clip)
+    return TokenMatching(teacher, guidance, recipe=pairs.recipe, temperature=term.temperature, clip=term.clip)
 
 
 def guidance_file(term: MatchingConfig) -> Path:

@@ -299,6 +299,11 @@ class Pairs:
         return len(self.ids_NL)
 
     @property
+    def recipe(self) -> Recipe:
+        """How their teacher was guided and filtered."""
+        return Recipe(**self.manifest.recipe)
+
+    @property
     def shape(self) -> tuple[int, int, int]:
         """L, C and the number of classes."""
         return self.manifest.length, self.manifest.code_width, self.manifest.num_classes
@@ -335,7 +340,7 @@ class ForcedPairs:
         self, pairs: Pairs, teacher: Teacher, *, precision: Literal["no", "bf16"] = "no", cache_gib: float = 0.0
     ) -> None:
         self.pairs, self.teacher, self.precision = pairs, teacher, precision
-        self.recipe = Recipe(**pairs.manifest.recipe)
+        self.recipe = pairs.recipe
         bytes_each = 2 * teacher.length * len(teacher.codebook_VC)
         kept = min(len(pairs), int(cache_gib * 2**30) // bytes_each)
         self.cache_NLV = torch.empty(kept, teacher.length, len(teacher.codebook_VC), dtype=torch.float16)
