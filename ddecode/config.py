@@ -100,10 +100,16 @@ class StudentConfig:
     drafts: tuple[int, ...] | None = None
     """None: DD1's student. Otherwise one that predicts probabilities and leaves the tokens to the map
     (`ddecode.draft_student`), drafting them after these numbers of layers; it has no `split`."""
+    exits: tuple[int, ...] | None = None
+    """None, or a student that predicts probabilities as one that drafts does, through whose depth the AR steps go one
+    behind the other (`ddecode.staggered_student`): for each AR step, the number of layers after which its tokens are
+    read. It suits teachers of few steps, such as VAR."""
     joins: int = 0
-    """Layers that the positions of the last AR step leave out, 0 or one of `drafts`: cheaper, at some cost."""
+    """Layers that the positions of the last AR step leave out, 0 or one of `drafts` or `exits`: cheaper, at some
+    cost."""
     draft_steps: int = 8
-    """Evaluations of the map at a draft; where the tokens are made, those of the pairs."""
+    """Evaluations of the map within the network: at a draft, whose tokens are made again at the end with those of the
+    pairs, and at each of the exits."""
     diffusion_head: int | None = None
     """None, or DD2's student (`ddecode.dd2_student`): blocks of the head that goes from noise to a vector. It has
     neither `split` nor `drafts`, and no logits."""
@@ -114,6 +120,11 @@ class StudentConfig:
     """Share of that model's weights in the one that is written, the rest is what training made of them: on the line
     between both lie better ones than at its ends where training overshoots (Wortsman et al., arXiv 2109.01903)."""
 
+    @property
+    def mapped(self) -> bool:
+        """Whether it predicts probabilities and leaves the tokens to the map."""
+        return self.drafts is not None or self.exits is not None
+
     def __post_init__(self) -> None:
         settle(self, "student")
         if not self.starts or self.starts[0] != 0 or list(self.starts) != sorted(set(self.starts)):
@@ -121,10 +132,12 @@ class StudentConfig:
         for name, lowest in (("depth", 1), ("split", 0), ("diffusion_head", 1), ("draft_steps", 1)):
             if getattr(self, name) is not None:
                 check_whole(f"student.{name}", getattr(self, name), lowest)
-        if sum(kind is not None for kind in (self.split, self.drafts, self.diffusion_head)) > 1:
-            raise ValueError("student.split, student.drafts and student.diffusion_head are three kinds: give one")
-        if self.joins not in (0, *(self.drafts or ())):
-            raise ValueError(f"student.joins must be 0 or one of student.drafts, got {self.joins}")
+        if sum(kind is not None for kind in (self.split, self.drafts, self.exits, self.diffusion_head)) > 1:
+            raise ValueError(
+                "student.split, student.drafts, student.exits and student.diffusion_head are four kinds: give one"
+            )
+        if self.joins not in (0, *(self.drafts or ()), *(self.exits or ())[:-1]):
+            raise ValueError(f"student.joins must be 0 or one of student.drafts or student.exits, got {self.joins}")
         check_finite("student.initial_share", self.initial_share)
         if not 0 <= self.initial_share < 1:
             raise ValueError(f"student.initial_share must lie in [0, 1), got {self.initial_share}")
@@ -240,8 +253,12 @@ class ObjectiveConfig:
     logits: Weight = 1.0
     """Cross-entropy of the logits."""
     targets: Literal["tokens", "probabilities"] = "tokens"
-    """What it is against: the pairs' tokens, or all that the teacher knew there, which only a student that drafts can
-    be asked for."""
+    """What it is against: the pairs' tokens, or all that the teacher knew there, which only a student with `drafts` or
+    `exits` can be asked for."""
+    teacher_forcing: bool = False
+    """For a student with `exits`: the pairs' tokens are fed in where it would settle its own. What it predicts at an AR
+    step is then never wrong for an earlier step's sake; but what it emits is not seen, so terms that look at that must
+    be off."""
     fresh_noise: bool = False
     """Give the pairs' tokens other noise at each step, by the inverse map, so that finitely many pairs never repeat."""
     cache_gib: float = 0.0
@@ -286,6 +303,11 @@ class ObjectiveConfig:
         for batches in self.energy_memory:
             check_whole("objective.energy_memory", batches, 0)
         check_weight("objective.energy_spread", self.energy_spread)
+        if self.teacher_forcing and (self.uses_images or self.score.weight or self.matching.weight):
+            raise ValueError(
+                "objective.teacher_forcing leaves nothing emitted to look at: set the image, score and matching terms "
+                "to 0, or train with them in a stage of its own"
+            )
         if any(self.energy_memory) and not self.energy:
             raise ValueError("objective.energy_memory is of the energy distance: give objective.energy a weight")
         if self.energy_spread and not any(self.energy_memory):
@@ -325,11 +347,13 @@ class DistillConfig:
         settle(self, "")
         if not self.objective.trains:
             raise ValueError("all weights of objective are 0: there is nothing to train the student by")
-        if self.objective.targets == "probabilities" and self.student.drafts is None:
+        if self.objective.targets == "probabilities" and not self.student.mapped:
             raise ValueError(
-                "objective.targets: probabilities is for a student with student.drafts; another's token follows from "
-                "its noise"
+                "objective.targets: probabilities is for a student with student.drafts or student.exits; another's "
+                "token follows from its noise"
             )
+        if self.objective.teacher_forcing and self.student.exits is None:
+            raise ValueError("objective.teacher_forcing is for a student with student.exits")
         if self.student.diffusion_head is not None and self.objective.logits:
             raise ValueError(
                 "a student with student.diffusion_head has no logits: set objective.logits to 0; objective.embeddings "

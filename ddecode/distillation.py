@@ -43,12 +43,14 @@ def make_student(folder: ModelFolder, teacher: Teacher, config: DistillConfig) -
     options: dict[str, object] = {"starts": shape.starts}
     if shape.diffusion_head is not None:
         options["head_depth"] = shape.diffusion_head
-    elif shape.drafts is None:
-        options["split"] = teacher.length if shape.split is None else shape.split
-    else:
+    elif shape.drafts is not None:
         steps = {"num_steps": config.pairs.num_steps, "draft_steps": shape.draft_steps}
         options |= {"drafts": shape.drafts, "joins": shape.joins, **steps}
-    shifted = shape.drafts is not None or shape.diffusion_head is not None
+    elif shape.exits is not None:
+        options |= {"exits": shape.exits, "joins": shape.joins, "num_steps": shape.draft_steps}
+    else:
+        options["split"] = teacher.length if shape.split is None else shape.split
+    shifted = shape.mapped or shape.diffusion_head is not None
     sizes = family.student_config(teacher, shape.depth, shifted=shifted)
     with fresh_weights(config.training.seed):
         student: Student = family.build_student(sizes, teacher.tokenizer, None, **options)

@@ -38,8 +38,7 @@ class ShiftedStudent(Student):
     def __init__(self, backbone: Backbone, tokenizer: Tokenizer, *, starts: tuple[int, ...]) -> None:
         super().__init__(backbone, tokenizer, starts=starts)
         self.noise_map = nn.Linear(tokenizer.codebook_VC.shape[1], backbone.width)
-        begins = [0, *accumulate(backbone.steps)][1:-1]
-        self.known = tuple(begin for begin, n in zip(begins, backbone.steps[1:], strict=True) for _ in range(n))
+        self.known = known_tokens(backbone.steps)
         """By input position behind the condition, the number of tokens it knows."""
 
     def opening(self, sequence_BLC: Tensor, labels_B: Tensor, start_B: Tensor, stop: int) -> Opening:
@@ -66,3 +65,9 @@ class ShiftedStudent(Student):
         known_M = torch.tensor([k for k in self.known if k <= sequence_BNC.shape[1]], device=start_B.device)
         tokens_BMD, noise_BMC = self.backbone.mixed_inputs(ids_BN, resolved_BN, sequence_BNC)
         return tokens_BMD + self.noise_map(noise_BMC) + self.indicator((known_M <= start_B[:, None]).long())
+
+
+def known_tokens(steps: tuple[int, ...]) -> tuple[int, ...]:
+    """By input position behind the condition, the number of tokens before its AR step."""
+    begins = [0, *accumulate(steps)][1:-1]
+    return tuple(begin for begin, size in zip(begins, steps[1:], strict=True) for _ in range(size))

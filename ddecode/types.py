@@ -170,6 +170,19 @@ class Backbone(Protocol):
 
 
 @runtime_checkable
+class SteppedBackbone(Backbone, Protocol):
+    """A backbone whose inputs are sums over the AR steps whose tokens are known, as VAR's are. Only a
+    `StaggeredStudent` needs it."""
+
+    def blank_inputs(self) -> Tensor:
+        """Input vectors [1,M,D] of all positions behind the condition, before any token is known."""
+
+    def added_inputs(self, ids_BN: Tensor, step: int) -> Tensor:
+        """What the tokens [B,N] of one AR step add to the inputs of those that come later, the last ones of M. All of
+        them added to `blank_inputs` make `token_inputs`."""
+
+
+@runtime_checkable
 class Tokenizer(Protocol):
     """Images to tokens and back.
 

@@ -15,6 +15,7 @@ from ddecode.checkpoint import family_module, save_model
 from ddecode.dd2_student import DD2Student
 from ddecode.draft_student import DraftStudent
 from ddecode.pipeline import DistilledPipeline
+from ddecode.staggered_student import StaggeredStudent
 from ddecode.student import DD1Student, Student
 from ddecode.teacher import Recipe, Teacher
 from ddecode.types import Condition, KeyValueCache
@@ -93,6 +94,25 @@ def make_draft_student(
         )  # fmt: skip
     (scramble if teacher.family == "llamagen" else scramble_var)(student, seed + 2)
     assert isinstance(student, DraftStudent)
+    return student
+
+
+def make_staggered_student(
+    teacher: Teacher,
+    *,
+    seed: int = 0,
+    starts: tuple[int, ...] = (0, 5),
+    exits: tuple[int, ...] = (0, 1, 2),
+    joins: int = 0,
+) -> StaggeredStudent:
+    """Of VAR."""
+    with torch.random.fork_rng():
+        student = var.build_student(
+            var.student_config(teacher, None, shifted=True), teacher.tokenizer, None,
+            starts=starts, exits=exits, joins=joins, num_steps=8,
+        )  # fmt: skip
+    scramble_var(student, seed + 2)
+    assert isinstance(student, StaggeredStudent)
     return student
 
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ddecode.dd2_student import DD2Student
 from ddecode.draft_student import DraftStudent
+from ddecode.staggered_student import StaggeredStudent
 from ddecode.student import DD1Student, Student
 from ddecode.types import Backbone, Tokenizer
 from third_party_loaders.state import StateOrPath, check_names, meta_module, read_state
@@ -56,6 +57,8 @@ def new_student(backbone: Backbone, tokenizer: Tokenizer, *, layerwise: bool, **
     """A student of the kind whose options these are."""
     if "drafts" in options:
         return DraftStudent(backbone, tokenizer, **options)
+    if "exits" in options:
+        return StaggeredStudent(backbone, tokenizer, **options)
     if "head_depth" in options:
         return DD2Student(backbone, tokenizer, **options)
     return DD1Student(backbone, tokenizer, layerwise=layerwise, **options)

@@ -157,6 +157,11 @@ class MultiScaleVQ(nn.Module):
             inputs.append(self.pool(total, scale + 1))
         return torch.cat(inputs, 1)
 
+    def added_inputs(self, codes_BNC: Tensor, scale: int) -> Tensor:
+        """What one scale's code vectors add to what a transformer reads at each later scale, [B,M,C]."""
+        part = self.contribution(codes_BNC, scale)
+        return torch.cat([self.pool(part, later) for later in range(scale + 1, len(self.config.patch_nums))], 1)
+
     def scales_of(self, tokens: int) -> list[int]:
         """Token counts of the first scales, which must sum to `tokens`."""
         counts: list[int] = []

@@ -270,6 +270,14 @@ class VARTransformer(nn.Module):
         first = self.prefix + seen
         return self.word_embed(maps_BMC) + self.places(first, first + maps_BMC.shape[1])
 
+    def blank_inputs(self) -> Tensor:
+        return self.word_embed.bias + self.places(self.prefix, self.positions)
+
+    def added_inputs(self, ids_BN: Tensor, step: int) -> Tensor:
+        with torch.no_grad(), torch.autocast(ids_BN.device.type, enabled=False):
+            maps_BMC = self.tokenizer.added_inputs(F.embedding(ids_BN, self.tokenizer.codebook_VC), step)
+        return linear(maps_BMC, self.word_embed.weight)
+
     def vector_inputs(self, sequence_BLC: Tensor) -> Tensor:
         return self.word_embed(sequence_BLC) + self.places(self.prefix, self.prefix + sequence_BLC.shape[1])
 

@@ -1,11 +1,12 @@
 """What each part of a distillation is worth: short runs that differ from one recipe in one thing, judged together.
 
-    .venv/bin/python tools/measure_ablations.py --out runs/ablations              # all: 90 minutes on 2 CPU cores
-    .venv/bin/python tools/measure_ablations.py --out runs/ablations --only dd1   # one, and the runs it starts from
+    .venv/bin/python tools/measure_ablations.py --out runs/ablations              # all: 75 minutes on 2 CPU cores
+    .venv/bin/python tools/measure_ablations.py --out runs/ablations --only dd1   # one, and the run it starts from
 
-The recipe is configs/fashion-llamagen-ablation.yaml. Steps are set so that each run takes about as long; the table
-says how long. Stopped and started again it goes on; runs that are there are not repeated. Prints a Markdown table of
-protocol `zoo`, all students against the same two sets of teacher samples.
+The recipe is configs/fashion-llamagen-ablation.yaml. All rows have the same budget, six minutes of two cores: steps are
+set so that each takes about as long, with the run it starts from; the table says how long. Stopped and started again it
+goes on; runs that are there are not repeated. Prints a Markdown table of protocol `zoo`, all students against the same
+two sets of teacher samples.
 """
 
 import argparse
@@ -27,14 +28,8 @@ from ddecode.pairs import make_manifest, write_pairs
 from ddecode.pipeline import DistilledPipeline
 
 RECIPE = Path(__file__).parents[1] / "configs" / "fashion-llamagen-ablation.yaml"
-IMAGES = ("objective.image_batch=64", "objective.own_prefix=0.5", "training.lr=4.0e-4")
-VELOCITIES = (
-    "objective.score.weight=1.0", "objective.score.guidance_draws=4", "objective.score.lr=4.0e-4",
-    "objective.score.tuning={steps: 100, batch: 128, lr: 1.0e-3, warmup_steps: 20, precision: bf16, compile: true}",
-)  # fmt: skip
-TOKENS = (
-    "objective.score.guidance=tokens", "objective.score.weight={0.15: 1.0}", "objective.score.lr=4.0e-4",
-)  # fmt: skip
+SEEN = ("objective.image_batch=64", "objective.own_prefix=0.5")
+TOKENS = ("objective.score.guidance=tokens", "objective.score.weight={0.15: 1.0}", "objective.score.lr=4.0e-4")
 ADVERSARIAL = ("objective.adversarial.weight=0.3",)
 MATCHING = ("objective.matching={weight: {0.1: 1.0}, temperature: 0.5}",)
 
@@ -53,44 +48,46 @@ ABLATIONS = {
     "dd1": Ablation(title="DD1"),
     "few": Ablation(title="DD1, a quarter of the pairs", pairs=10240),
     "random": Ablation(title="DD1, not from the teacher's weights", overrides=("student.initial=random",)),
-    "half": Ablation(title="DD1, 3 of 6 layers", overrides=("student.depth=3",)),
-    "score": Ablation(
-        title="score term alone, from the teacher's weights",
-        overrides=(*VELOCITIES, *IMAGES, "objective.logits=0", "training.steps=120"),
-    ),
+    "half": Ablation(title="DD1, 3 of 6 layers", overrides=("student.depth=3", "training.steps=1300")),
     "dd2": Ablation(
         title="DD2: its own student, from its first stage",
         overrides=(
-            *VELOCITIES, "objective.score.tuning.steps=200", "objective.score.updates=2", "objective.logits=0",
-            "objective.image_batch=64", "objective.own_prefix=0.5", "student.split=null", "student.diffusion_head=3",
-            "student.initial=tuning", "training.lr=2.0e-4", "training.steps=240",
+            "objective.score.weight=1.0", "objective.score.guidance_draws=4", "objective.score.lr=4.0e-4",
+            "objective.score.updates=2", "objective.logits=0", *SEEN,
+            "objective.score.tuning={steps: 100, batch: 128, lr: 1.0e-3, warmup_steps: 20}",
+            "objective.score.tuning.precision=bf16", "objective.score.tuning.compile=true",
+            "student.split=null", "student.diffusion_head=3", "student.initial=tuning", "training.lr=2.0e-4",
+            "training.steps=110",
         ),
     ),
-    "dd1-velocities": Ablation(
-        title="DD1, then score alone, guidance of velocities",
-        overrides=(*VELOCITIES, *IMAGES, "objective.logits=0", "training.steps=120"), begins_from="dd1",
-    ),
+    "first": Ablation(title="DD1, half of the time", overrides=("training.steps=350",)),
     "dd1-score": Ablation(
-        title="DD1, then score alone, guidance of tokens",
+        title="that, then the score term alone",
         overrides=(
-            *TOKENS, *IMAGES, "objective.logits=0", "objective.score.updates=2", "training.lr=5.0e-5",
-            "training.steps=200",
+            *TOKENS, *SEEN, "objective.logits=0", "objective.score.updates=2", "training.lr=5.0e-5",
+            "training.steps=70",
         ),
-        begins_from="dd1",
+        begins_from="first",
     ),
     "dd1-adversarial": Ablation(
-        title="DD1 + adversarial", overrides=(*ADVERSARIAL, *IMAGES, "training.steps=240"), begins_from="dd1"
+        title="that, then DD1 + adversarial",
+        overrides=(*ADVERSARIAL, *SEEN, "training.lr=4.0e-4", "training.steps=180"), begins_from="first",
     ),
     "all": Ablation(
-        title="DD1 + score + adversarial", overrides=(*VELOCITIES, *ADVERSARIAL, *IMAGES, "training.steps=100"),
-        begins_from="dd1",
+        title="that, then DD1 + score + adversarial",
+        overrides=(*TOKENS, *ADVERSARIAL, *SEEN, "training.lr=2.0e-4", "training.steps=60"), begins_from="first",
     ),
     "dd1-matching": Ablation(
-        title="DD1 + matching among tokens", overrides=(*MATCHING, *IMAGES, "training.steps=240"), begins_from="dd1"
+        title="that, then DD1 + matching among tokens",
+        overrides=(*MATCHING, *SEEN, "training.lr=4.0e-4", "training.steps=150"), begins_from="first",
     ),
-    "fresh": Ablation(title="DD1, fresh noise", overrides=("objective.fresh_noise=true", "objective.cache_gib=4")),
     "energy": Ablation(
-        title="DD1 + energy", overrides=("objective.energy=10", *IMAGES, "training.steps=240"), begins_from="dd1"
+        title="that, then DD1 + energy",
+        overrides=("objective.energy=10", *SEEN, "training.lr=4.0e-4", "training.steps=180"), begins_from="first",
+    ),
+    "fresh": Ablation(
+        title="DD1, fresh noise",
+        overrides=("objective.fresh_noise=true", "objective.cache_gib=4", "training.steps=300"),
     ),
 }  # fmt: skip
 

@@ -139,7 +139,8 @@ class StudentObjective(Objective):
         own_B[few] = (draw(torch.rand, (batch,), generator).to(start_B.device) < share)[few] & (start_B[few] > 0)
         prefix_BLC = self.first_pass(codes_BLC, noise_BLC, labels_B, own_B) if share else codes_BLC
         sequence_BLC = torch.where(open_BL[..., None], noise_BLC, prefix_BLC)
-        prediction = student(sequence_BLC, labels_B, start_B)
+        told = {"told_BL": ids_BL} if config.teacher_forcing else {}
+        prediction = student(sequence_BLC, labels_B, start_B, **told)
 
         # the pair's tokens follow from the teacher's prefix, not from the student's own
         loss, metrics = self.regression(prediction, ids_BL, codes_BLC, open_BL & ~own_B[:, None], progress, target_BLV)
