@@ -1,6 +1,6 @@
 """What each part of a distillation is worth: short runs that differ from one recipe in one thing, judged together.
 
-    .venv/bin/python tools/measure_ablations.py --out runs/ablations              # all: 75 minutes on 2 CPU cores
+    .venv/bin/python tools/measure_ablations.py --out runs/ablations              # all: 80 minutes on 2 CPU cores
     .venv/bin/python tools/measure_ablations.py --out runs/ablations --only dd1   # one, and the run it starts from
 
 The recipe is configs/fashion-llamagen-ablation.yaml. All rows have the same budget, six minutes of two cores: steps are
@@ -48,46 +48,46 @@ ABLATIONS = {
     "dd1": Ablation(title="DD1"),
     "few": Ablation(title="DD1, a quarter of the pairs", pairs=10240),
     "random": Ablation(title="DD1, not from the teacher's weights", overrides=("student.initial=random",)),
-    "half": Ablation(title="DD1, 3 of 6 layers", overrides=("student.depth=3", "training.steps=1300")),
+    "half": Ablation(title="DD1, 3 of 6 layers", overrides=("student.depth=3", "training.steps=850")),
     "dd2": Ablation(
         title="DD2: its own student, from its first stage",
         overrides=(
             "objective.score.weight=1.0", "objective.score.guidance_draws=4", "objective.score.lr=4.0e-4",
             "objective.score.updates=2", "objective.logits=0", *SEEN,
-            "objective.score.tuning={steps: 100, batch: 128, lr: 1.0e-3, warmup_steps: 20}",
+            "objective.score.tuning={steps: 70, batch: 128, lr: 1.0e-3, warmup_steps: 15}",
             "objective.score.tuning.precision=bf16", "objective.score.tuning.compile=true",
             "student.split=null", "student.diffusion_head=3", "student.initial=tuning", "training.lr=2.0e-4",
-            "training.steps=110",
+            "training.steps=70",
         ),
     ),
-    "first": Ablation(title="DD1, half of the time", overrides=("training.steps=350",)),
+    "first": Ablation(title="DD1, half of the time", overrides=("training.steps=230",)),
     "dd1-score": Ablation(
         title="that, then the score term alone",
         overrides=(
             *TOKENS, *SEEN, "objective.logits=0", "objective.score.updates=2", "training.lr=5.0e-5",
-            "training.steps=70",
+            "training.steps=170",
         ),
         begins_from="first",
     ),
     "dd1-adversarial": Ablation(
         title="that, then DD1 + adversarial",
-        overrides=(*ADVERSARIAL, *SEEN, "training.lr=4.0e-4", "training.steps=180"), begins_from="first",
+        overrides=(*ADVERSARIAL, *SEEN, "training.lr=4.0e-4", "training.steps=120"), begins_from="first",
     ),
     "all": Ablation(
         title="that, then DD1 + score + adversarial",
-        overrides=(*TOKENS, *ADVERSARIAL, *SEEN, "training.lr=2.0e-4", "training.steps=60"), begins_from="first",
+        overrides=(*TOKENS, *ADVERSARIAL, *SEEN, "training.lr=2.0e-4", "training.steps=80"), begins_from="first",
     ),
     "dd1-matching": Ablation(
         title="that, then DD1 + matching among tokens",
-        overrides=(*MATCHING, *SEEN, "training.lr=4.0e-4", "training.steps=150"), begins_from="first",
+        overrides=(*MATCHING, *SEEN, "training.lr=4.0e-4", "training.steps=100"), begins_from="first",
     ),
     "energy": Ablation(
         title="that, then DD1 + energy",
-        overrides=("objective.energy=10", *SEEN, "training.lr=4.0e-4", "training.steps=180"), begins_from="first",
+        overrides=("objective.energy=10", *SEEN, "training.lr=4.0e-4", "training.steps=120"), begins_from="first",
     ),
     "fresh": Ablation(
         title="DD1, fresh noise",
-        overrides=("objective.fresh_noise=true", "objective.cache_gib=4", "training.steps=300"),
+        overrides=("objective.fresh_noise=true", "objective.cache_gib=4", "training.steps=250"),
     ),
 }  # fmt: skip
 
