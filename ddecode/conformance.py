@@ -7,14 +7,13 @@ B batch, L token positions, N positions of one call, V codes, C code width, D mo
 
 import inspect
 import math
-from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ddecode.arguments import LARGEST_SEED, check_kind, check_whole
-from ddecode.types import Backbone, Condition, Tokenizer
+from ddecode.types import Backbone, Condition, Tokenizer, step_ranges
 
 BATCH = 2
 FELT = 1e-4
@@ -127,11 +126,6 @@ def demand_members(thing: Any, protocol: Any) -> None:
     names = [*getattr(protocol, "__annotations__", {}), *(n for n, _ in inspect.getmembers(protocol) if n[0] != "_")]
     missing = sorted({name for name in names if not hasattr(thing, name)})
     demand(not missing, f"{type(thing).__name__} is no {protocol.__name__}: it lacks {', '.join(missing)}")
-
-
-def step_ranges(steps: tuple[int, ...]) -> list[tuple[int, int]]:
-    """First token and end of each AR step."""
-    return list(pairwise(accumulate(steps, initial=0)))
 
 
 def close(a: Tensor, b: Tensor) -> bool:

@@ -65,9 +65,13 @@ def short_recipe(config: DistillConfig, size: DemoSize) -> DistillConfig:
     pairs = dataclasses.replace(config.pairs, num=size.pairs, shard_size=1024)
     # from so few pairs and steps only the logit head gets anywhere, so every position is emitted as a token
     terms = config.objective
-    objective = ObjectiveConfig(logits=terms.logits, drafts=terms.drafts, teacher_forcing=terms.teacher_forcing)
-    if terms.teacher_forcing:  # then all that the teacher knew costs one pass of it for each pair
-        objective = dataclasses.replace(objective, targets=terms.targets, cache_gib=1.0)
+    objective = ObjectiveConfig(
+        logits=terms.logits,
+        drafts=terms.drafts,
+        targets=terms.targets,
+        teacher_forcing=terms.teacher_forcing,
+        cache_gib=1.0,
+    )
     student = dataclasses.replace(config.student, split=None, initial="teacher")
     return dataclasses.replace(config, pairs=pairs, training=training, objective=objective, student=student)
 

@@ -5,14 +5,13 @@ B batch, L token positions, M input positions behind the condition, C code width
 """
 
 from dataclasses import dataclass
-from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
 
 from ddecode.codebook import nearest_code
 from ddecode.student import Student
-from ddecode.types import Backbone, Condition, Tokenizer
+from ddecode.types import Backbone, Condition, Tokenizer, step_ranges
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,5 +68,4 @@ class ShiftedStudent(Student):
 
 def known_tokens(steps: tuple[int, ...]) -> tuple[int, ...]:
     """By input position behind the condition, the number of tokens before its AR step."""
-    begins = [0, *accumulate(steps)][1:-1]
-    return tuple(begin for begin, size in zip(begins, steps[1:], strict=True) for _ in range(size))
+    return tuple(begin for begin, end in step_ranges(steps)[1:] for _ in range(end - begin))

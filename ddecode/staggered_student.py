@@ -4,8 +4,8 @@ A teacher goes through all its blocks for each AR step. This student goes throug
 tokens are read off after few of them, mapped from their noise and fed in, the next step's a block or two later, and the
 last step's at the end. A step's tokens are settled before the next is read, so the student is an auto-regressive model
 of its own, whose steps have a block or two each instead of all: by the chain rule, the cross-entropy against the
-teacher's probabilities along the teacher's tokens is the divergence of all that it emits, and nothing need be learnt of
-the map. What the depth cannot hold is all that is lost.
+teacher's probabilities along the teacher's tokens, less their entropy, is the divergence of all that it emits, and
+nothing need be learnt of the map. What the depth cannot hold is all that is lost.
 
 Positions stand there before their step's turn and read what is settled so far. In VAR that is the picture as it grows.
 
@@ -13,7 +13,7 @@ B batch, L token positions, M input positions behind the condition, V codes, C c
 """
 
 from collections.abc import Iterable
-from itertools import accumulate, pairwise
+from itertools import pairwise
 from typing import Any, cast
 
 import torch
@@ -24,7 +24,7 @@ from ddecode.codebook import nearest_code
 from ddecode.mapped_student import MappedStudent
 from ddecode.shifted_student import known_tokens
 from ddecode.teacher import Teacher
-from ddecode.types import Backbone, Labels, Prediction, SteppedBackbone, Tokenizer
+from ddecode.types import Backbone, Prediction, SteppedBackbone, Tokenizer, step_ranges
 
 
 class StaggeredStudent(MappedStudent):
@@ -67,7 +67,7 @@ class StaggeredStudent(MappedStudent):
             )
         if joins not in (0, *exits[:-1]):
             raise ValueError(f"joins must be 0 or one of the exits {list(exits[:-1])}, got {joins}")
-        self.ranges = tuple(pairwise(accumulate(steps, initial=0)))
+        self.ranges = step_ranges(steps)
         """First token and end of each AR step."""
         self.known = known_tokens(steps)
         """By input position behind the condition, the number of tokens it knows in the end."""
@@ -81,19 +81,10 @@ class StaggeredStudent(MappedStudent):
         return cast(SteppedBackbone, self.backbone)
 
     def check_starts(self, starts: Iterable[int]) -> None:
-        """
-        Raises:
-            ValueError: one of them lies within an AR step.
-        """
+        """See `Student.check_starts`: only from the end of an AR step."""
         ends = {0, *(end for _, end in self.ranges)}
         if wrong := [start for start in starts if start not in ends]:
             raise ValueError(f"with exits each start must be the end of an AR step, got {wrong[0]}")
-
-    @torch.no_grad()
-    def predict(self, sequence_BLC: Tensor, class_labels: Labels, start: int | Tensor = 0) -> Prediction:
-        prediction = super().predict(sequence_BLC, class_labels, start)
-        self.check_starts(start.flatten().tolist() if isinstance(start, Tensor) else [start])
-        return prediction
 
     def options(self) -> dict[str, Any]:
         return {"starts": self.starts, "exits": self.exits, "joins": self.joins, "num_steps": self.num_steps}
@@ -172,7 +163,8 @@ class StaggeredStudent(MappedStudent):
                 else:
                     settled.append(told_BL[:, begin:end])
                 added_BND = self.added(settled[-1], step, start_B < end)
-                inputs_BMD = add_last(inputs_BMD, added_BND)
+                if now < there:  # some have yet to join
+                    inputs_BMD = add_last(inputs_BMD, added_BND)
                 seen = added_BND.shape[1] - len(known_M) + now  # of those that read them, how many are there
                 hidden = add_last(hidden, self.token_maps[step](added_BND[:, :seen]))
             if joins and exit == joins:

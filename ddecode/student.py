@@ -5,7 +5,7 @@ B batch, L token positions, P condition positions, V codes, C code width, D mode
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import accumulate
 from typing import Any
 
@@ -98,6 +98,12 @@ class Student(nn.Module, ABC):
         """What sampling keeps of one pass, [B,stop-start,C], without gradients. Positions that no kept one reads are
         left out of the pass, so that a first pass of which little is kept costs little."""
 
+    def check_starts(self, starts: Iterable[int]) -> None:
+        """
+        Raises:
+            ValueError: students of this kind cannot go on from so many tokens; most can from any number.
+        """
+
     def reach(self, stop: int) -> int:
         """The end of the AR step of token `stop - 1`: no token before it reads anything behind it."""
         return next(end for end in accumulate(self.backbone.steps) if end >= stop)
@@ -127,6 +133,7 @@ class Student(nn.Module, ABC):
         start_B = start_B.expand(len(sequence_BLC))
         if int(start_B.min()) < 0 or int(start_B.max()) >= self.length:
             raise ValueError(f"start must lie in 0..{self.length - 1}, got {start}")
+        self.check_starts(start_B.tolist())
         return self(sequence_BLC.to(self.device, self.indicator.weight.dtype), labels_B, start_B)
 
     @torch.no_grad()

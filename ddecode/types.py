@@ -10,6 +10,7 @@ already resolved.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -68,6 +69,11 @@ class Reconstruction:
     """The vectors that were quantised, where codes that nobody uses may move to."""
     code_loss: Tensor
     """Of the codes against the latents, and of the latents against the codes."""
+
+
+def step_ranges(steps: Sequence[int]) -> list[tuple[int, int]]:
+    """First token and end of each AR step."""
+    return list(pairwise(accumulate(steps, initial=0)))
 
 
 def compute_dtype(weight: Tensor) -> torch.dtype:
