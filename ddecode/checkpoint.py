@@ -39,11 +39,12 @@ CARD_FILES = ("README.md", RECIPE)
 STUDENT_OPTIONS: dict[str, dict[str, Any]] = {
     "drafts": {"drafts": tuple[int, ...], "joins": int, "num_steps": int, "draft_steps": int},
     "exits": {"exits": tuple[int, ...], "joins": int, "num_steps": int},
+    "wavefront": {"wavefront": int, "num_steps": int},
     "head_depth": {"head_depth": int},
     "split": {"split": int},
 }
-"""What a config says of a student beside its starts, by the option that tells its kind: drafting, staggered, DD2's or
-DD1's."""
+"""What a config says of a student beside its starts, by the option that tells its kind: drafting, staggered, wavefront,
+DD2's or DD1's."""
 
 
 def family_module(family: str) -> ModuleType:

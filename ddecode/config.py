@@ -104,12 +104,16 @@ class StudentConfig:
     """None, or a student that predicts probabilities as one that drafts does, through whose depth the AR steps go one
     behind the other (`ddecode.staggered_student`): for each AR step, the number of layers after which its tokens are
     read. It suits teachers of few steps, such as VAR."""
+    wavefront: int | None = None
+    """None, or the like for teachers of many steps of one token, such as LlamaGen (`ddecode.wavefront_student`): tokens
+    go through its depth diagonal by diagonal, column + this many times the row. 2 lets each see its three nearest
+    neighbours before it; 1 is faster."""
     joins: int = 0
     """Layers that the positions of the last AR step leave out, 0 or one of `drafts` or `exits`: cheaper, at some
     cost."""
     draft_steps: int = 8
     """Evaluations of the map within the network: at a draft, whose tokens are made again at the end with those of the
-    pairs, and at each of the exits."""
+    pairs, and wherever tokens are settled within."""
     diffusion_head: int | None = None
     """None, or DD2's student (`ddecode.dd2_student`): blocks of the head that goes from noise to a vector. It has
     neither `split` nor `drafts`, and no logits."""
@@ -123,18 +127,20 @@ class StudentConfig:
     @property
     def mapped(self) -> bool:
         """Whether it predicts probabilities and leaves the tokens to the map."""
-        return self.drafts is not None or self.exits is not None
+        return any(kind is not None for kind in (self.drafts, self.exits, self.wavefront))
 
     def __post_init__(self) -> None:
         settle(self, "student")
         if not self.starts or self.starts[0] != 0 or list(self.starts) != sorted(set(self.starts)):
             raise ValueError(f"student.starts must begin with 0 and rise, got {list(self.starts)}")
-        for name, lowest in (("depth", 1), ("split", 0), ("diffusion_head", 1), ("draft_steps", 1)):
+        for name, lowest in (("depth", 1), ("split", 0), ("wavefront", 1), ("diffusion_head", 1), ("draft_steps", 1)):
             if getattr(self, name) is not None:
                 check_whole(f"student.{name}", getattr(self, name), lowest)
-        if sum(kind is not None for kind in (self.split, self.drafts, self.exits, self.diffusion_head)) > 1:
+        kinds = (self.split, self.drafts, self.exits, self.wavefront, self.diffusion_head)
+        if sum(kind is not None for kind in kinds) > 1:
             raise ValueError(
-                "student.split, student.drafts, student.exits and student.diffusion_head are four kinds: give one"
+                "student.split, student.drafts, student.exits, student.wavefront and student.diffusion_head are five "
+                "kinds: give one"
             )
         if self.joins not in (0, *(self.drafts or ()), *(self.exits or ())[:-1]):
             raise ValueError(f"student.joins must be 0 or one of student.drafts or student.exits, got {self.joins}")
@@ -253,12 +259,12 @@ class ObjectiveConfig:
     logits: Weight = 1.0
     """Cross-entropy of the logits."""
     targets: Literal["tokens", "probabilities"] = "tokens"
-    """What it is against: the pairs' tokens, or all that the teacher knew there, which only a student with `drafts` or
-    `exits` can be asked for."""
+    """What it is against: the pairs' tokens, or all that the teacher knew there, which only a student with `drafts`,
+    `exits` or `wavefront` can be asked for."""
     teacher_forcing: bool = False
-    """For a student with `exits`: the pairs' tokens are fed in where it would settle its own. What it predicts at an AR
-    step is then never wrong for an earlier step's sake; but what it emits is not seen, so terms that look at that must
-    be off."""
+    """For a student with `exits` or `wavefront`: the pairs' tokens are fed in where it would settle its own. What it
+    predicts is then never wrong for an earlier token's sake; but what it emits is not seen, so terms that look at that
+    must be off. A wavefront also learns the first passes of sampling in more steps, which end at its later starts."""
     fresh_noise: bool = False
     """Give the pairs' tokens other noise at each step, by the inverse map, so that finitely many pairs never repeat."""
     cache_gib: float = 0.0
@@ -349,11 +355,11 @@ class DistillConfig:
             raise ValueError("all weights of objective are 0: there is nothing to train the student by")
         if self.objective.targets == "probabilities" and not self.student.mapped:
             raise ValueError(
-                "objective.targets: probabilities is for a student with student.drafts or student.exits; another's "
-                "token follows from its noise"
+                "objective.targets: probabilities is for a student with student.drafts, student.exits or "
+                "student.wavefront; another's token follows from its noise"
             )
-        if self.objective.teacher_forcing and self.student.exits is None:
-            raise ValueError("objective.teacher_forcing is for a student with student.exits")
+        if self.objective.teacher_forcing and self.student.exits is None and self.student.wavefront is None:
+            raise ValueError("objective.teacher_forcing is for a student with student.exits or student.wavefront")
         if self.student.diffusion_head is not None and self.objective.logits:
             raise ValueError(
                 "a student with student.diffusion_head has no logits: set objective.logits to 0; objective.embeddings "

@@ -48,6 +48,8 @@ def make_student(folder: ModelFolder, teacher: Teacher, config: DistillConfig) -
         options |= {"drafts": shape.drafts, "joins": shape.joins, **steps}
     elif shape.exits is not None:
         options |= {"exits": shape.exits, "joins": shape.joins, "num_steps": shape.draft_steps}
+    elif shape.wavefront is not None:
+        options |= {"wavefront": shape.wavefront, "num_steps": shape.draft_steps}
     else:
         options["split"] = teacher.length if shape.split is None else shape.split
     shifted = shape.mapped or shape.diffusion_head is not None

@@ -16,7 +16,7 @@ B batch, L positions, R rows (positions of all samples), V codes, A active codes
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -33,6 +33,8 @@ SETTLED = 1e-5
 """A row is finished once, in the second half of the grid, all other codes together weigh less than this."""
 FEW_ENOUGH_TO_SHRINK = 0.7
 """Finished rows leave once at most this share is unfinished: copying the rest costs about one evaluation."""
+FEWEST_TO_AUGMENT = 1 << 16
+"""With fewer weights the number of operations costs more than their size."""
 FEWEST_TO_GATHER = 2048
 """With fewer codes, giving each row its own costs more than it saves."""
 GATHERED_OVER_SHARED = 1
@@ -54,6 +56,8 @@ class FlowGrid:
 
     scale: float
     s: tuple[float, ...]
+    codes_XV: Tensor = field(repr=False, compare=False)
+    """What D reads of the codebook: the centred codes, `augmented`, fp32."""
 
     @property
     def num_steps(self) -> int:
@@ -90,12 +94,18 @@ def flow_grid(codebook_VC: Tensor, num_steps: int) -> FlowGrid:
     scale = SCALE_TIMES_RADIUS / radius if radius else 1.0
     last = LAST_TIMES_SPACING / spacing if math.isfinite(spacing) else scale
     width = math.asinh(last / scale) / num_steps
-    return FlowGrid(scale=scale, s=tuple(scale * math.sinh(width * k) for k in range(num_steps + 1)))
+    s = tuple(scale * math.sinh(width * k) for k in range(num_steps + 1))
+    return FlowGrid(scale=scale, s=s, codes_XV=augmented(codes))
 
 
 def centred(codebook_VC: Tensor) -> Tensor:
     """The codes less their mean, fp32."""
     return (codebook_VC.double() - codebook_VC.double().mean(0)).float()
+
+
+def augmented(codes_VC: Tensor) -> Tensor:
+    """c and, in a last row, -|c|^2 / 2, so that one product gives a score: [C+1,V]."""
+    return torch.cat([codes_VC.T, -codes_VC.square().sum(-1)[None] / 2])
 
 
 def closest_spacing(codes_VC: Tensor, *, quantile: float = 0.1, sample: int = 256) -> float:
@@ -140,14 +150,20 @@ def noise_to_tokens(
             f"noise must be [B, L, C] and the codebook [V, C], got {tuple(noise_BLC.shape)} and "
             f"{tuple(codebook_VC.shape)}"
         )
-    B, L, C = noise_BLC.shape
-    V = len(codebook_VC)
-    if log_probs_BLV.shape != (B, L, V):
-        raise ValueError(f"log_probs must be {(B, L, V)}, one per code, got {tuple(log_probs_BLV.shape)}")
+    expected = (*noise_BLC.shape[:2], len(codebook_VC))
+    if log_probs_BLV.shape != expected:
+        raise ValueError(f"log_probs must be {expected}, one per code, got {tuple(log_probs_BLV.shape)}")
     if grid is None:  # a caller from outside
         grid = flow_grid(codebook_VC, num_steps)
         check_values(noise_BLC, log_probs_BLV)
-    codes = centred(codebook_VC)
+    return tokens_of(noise_BLC, log_probs_BLV, grid)
+
+
+def tokens_of(noise_BLC: Tensor, log_probs_BLV: Tensor, grid: FlowGrid) -> Tensor:
+    """`noise_to_tokens` of the grid's codebook, on arguments that are known to fit."""
+    B, L, C = noise_BLC.shape
+    V = log_probs_BLV.shape[2]
+    codes_XV = grid.codes_XV.to(noise_BLC.device)
     ids_BL = torch.empty(B, L, dtype=torch.int64, device=noise_BLC.device)
     rows = max(1, ROWS_TIMES_CODES // V)
     samples = max(1, rows // max(L, 1))
@@ -157,7 +173,7 @@ def noise_to_tokens(
                 part = slice(first, first + samples), slice(left, left + rows)
                 noise_RC = noise_BLC[part].float().reshape(-1, C)
                 log_p_RV = log_probs_BLV[part].float().reshape(-1, V)
-                ids_BL[part] = solve(noise_RC, log_p_RV, codes, grid).view_as(ids_BL[part])
+                ids_BL[part] = solve(noise_RC, log_p_RV, codes_XV, grid).view_as(ids_BL[part])
     return ids_BL
 
 
@@ -172,22 +188,22 @@ def check_values(noise_BLC: Tensor, log_probs_BLV: Tensor) -> None:
         raise ValueError("log_probs must have a finite number at each position, and neither NaN nor +inf")
 
 
-def solve(noise_RC: Tensor, log_p_RV: Tensor, codes_VC: Tensor, grid: FlowGrid) -> Tensor:
+def solve(noise_RC: Tensor, log_p_RV: Tensor, codes_XV: Tensor, grid: FlowGrid) -> Tensor:
     """The ODE from noise to ids int64 [R], one evaluation of D a step.
 
     D is taken to be linear in the grid's x: extrapolated from the last two evaluations to predict the next z, then,
     with D there, interpolated to correct it (Adams-Bashforth and Adams-Moulton of second order, one evaluation for
     both). Linear in x rather than in s, the prediction stays near the codes however long the step.
     """
-    codes = Codes.shared(codes_VC, log_p_RV)
-    half = grid.num_steps // 2
+    codes = Codes(log_p_RA=log_p_RV, codes=codes_XV)
+    half, last = grid.num_steps // 2, grid.num_steps - 1
     z_RC = corrected_RC = noise_RC
     before_RC = torch.zeros_like(noise_RC)
     ids_R = torch.empty(len(noise_RC), dtype=torch.int64, device=noise_RC.device)
     alive_R = torch.arange(len(noise_RC), device=noise_RC.device)
     for k in range(grid.num_steps):
         weights_RA = codes.weights(z_RC, grid.s[k])
-        if k > half and (k - half) % max(1, half // 3) == 0:
+        if half < k < last and (k - half) % max(1, half // 3) == 0:
             best_R, weight_R = codes.ids(weights_RA), weights_RA.amax(-1)
             ids_R[alive_R] = best_R
             rows = (weight_R < 1 - SETTLED).nonzero().squeeze(1)
@@ -199,12 +215,12 @@ def solve(noise_RC: Tensor, log_p_RV: Tensor, codes_VC: Tensor, grid: FlowGrid) 
         drift_RC = codes.mean(weights_RA)
         length, bend = grid.step(k)
         if k == 0:
-            z_RC = corrected_RC + length * drift_RC
+            z_RC = corrected_RC.add(drift_RC, alpha=length)
         else:
             change_RC = drift_RC - before_RC
             last_length, last_bend = grid.step(k - 1)
-            corrected_RC = corrected_RC + last_length * before_RC + last_bend * change_RC
-            z_RC = corrected_RC + length * drift_RC + bend * change_RC
+            corrected_RC = corrected_RC.add(before_RC, alpha=last_length).add(change_RC, alpha=last_bend)
+            z_RC = corrected_RC.add(drift_RC, alpha=length).add(change_RC, alpha=bend)
         before_RC = drift_RC
         # hardly a code leaves in the first half, but for those that top-k or top-p excluded before it
         if k == 0 or (k >= half and k % max(1, half // 4) == 0):
@@ -246,14 +262,15 @@ def tokens_to_noise(
     B, L = ids_BL.shape
     if not isinstance(log_probs_BLV, Tensor) or log_probs_BLV.shape != (B, L, V):
         raise ValueError(f"log_probs must be {(B, L, V)}, one per code, got {shown(log_probs_BLV)}")
-    codes = centred(codebook_VC)
+    codes_XV = grid.codes_XV.to(ids_BL.device)
     eps_BLC = draw(torch.randn, (B, L, C), generator).to(ids_BL.device)
-    z_RC = (eps_BLC + grid.s[-1] * codes[ids_BL]).view(-1, C)
+    z_RC = (eps_BLC + grid.s[-1] * codes_XV[:-1].T[ids_BL]).view(-1, C)
     log_p_RV = log_probs_BLV.reshape(-1, V)
     rows = max(1, ROWS_TIMES_CODES // V)
     with torch.autocast(ids_BL.device.type, enabled=False):
         parts = zip(z_RC.split(rows), log_p_RV.split(rows), strict=True)
-        return torch.cat([run_back(z, Codes.shared(codes, log_p.float()), grid) for z, log_p in parts]).view(B, L, C)
+        found = [run_back(z, Codes(log_p_RA=log_p.float(), codes=codes_XV), grid) for z, log_p in parts]
+        return torch.cat(found).view(B, L, C)
 
 
 def run_back(z_RC: Tensor, codes: "Codes", grid: FlowGrid) -> Tensor:
@@ -277,17 +294,14 @@ class Codes:
 
     log_p_RA: Tensor
     codes: Tensor
-    """c and -|c|^2 / 2, so that one product gives a score: [C+1,V] if shared, else [R,A,C+1]."""
+    """`augmented`: [C+1,V] if shared, else [R,A,C+1]."""
     ids_RA: Tensor | None = None
     """None if shared."""
 
-    @classmethod
-    def shared(cls, codes_VC: Tensor, log_p_RV: Tensor) -> "Codes":
-        codes = torch.cat([codes_VC.T, -codes_VC.square().sum(-1)[None] / 2])
-        return cls(log_p_RA=log_p_RV, codes=codes)
-
     def scores(self, z_RC: Tensor, s: float) -> Tensor:
         """log w up to a constant per row: [R,A]."""
+        if self.ids_RA is None and self.log_p_RA.numel() < FEWEST_TO_AUGMENT:
+            return torch.addmm(self.log_p_RA.add(self.codes[-1], alpha=s * s), z_RC, self.codes[:-1], alpha=s)
         point = torch.cat([s * z_RC, z_RC.new_full((len(z_RC), 1), s * s)], -1)
         if self.ids_RA is None:
             return linear(point, self.codes.T).add_(self.log_p_RA)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ddecode.flow import FlowGrid, flow_grid, noise_to_tokens
+from ddecode.flow import FlowGrid, flow_grid, tokens_of
 from ddecode.student import Student, straight_through
 from ddecode.types import Backbone, Labels, Prediction, Tokenizer
 
@@ -56,8 +56,7 @@ class MappedStudent(Student):
 
     def tokens(self, noise_BNC: Tensor, logits_BNV: Tensor, num_steps: int) -> Tensor:
         """int64 [B,N]: each position's noise through the map."""
-        grid = self.grid(num_steps)
-        return noise_to_tokens(noise_BNC, logits_BNV, self.codebook_VC, grid=grid)
+        return tokens_of(noise_BNC, logits_BNV, self.grid(num_steps))
 
     def grid(self, num_steps: int) -> FlowGrid:
         """The map's grid; it follows from the codebook, which does not change."""

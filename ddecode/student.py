@@ -78,6 +78,11 @@ class Student(nn.Module, ABC):
     def device(self) -> torch.device:
         return self.indicator.weight.device
 
+    @property
+    def passes(self) -> list[tuple[int, int]]:
+        """Start and end of each pass that teacher forcing shows it."""
+        return [(start, self.length) for start in self.starts]
+
     @abstractmethod
     def options(self) -> dict[str, Any]:
         """What a `config.json` says of it beside its backbone; `build_student` takes the same."""

@@ -6,12 +6,22 @@ accelerate launch --use_fsdp ... tests/sharded.py FOLDER, where the run FOLDER/a
 import dataclasses
 import json
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
-from tiny import C, V, make_draft_student, make_student, make_teacher, make_var_teacher, seeded
+from tiny import (
+    C,
+    V,
+    make_draft_student,
+    make_student,
+    make_teacher,
+    make_var_teacher,
+    make_wavefront_student,
+    seeded,
+)
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
@@ -20,6 +30,7 @@ from ddecode import training
 from ddecode.config import ObjectiveConfig, TrainingConfig
 from ddecode.objectives.student import StudentObjective
 from ddecode.processes import rank
+from ddecode.student import Student
 
 CONFIG = TrainingConfig(
     steps=6, batch=4, lr=0.01, warmup_steps=2, weight_decay=0.1, clip_norm=0.5, log_every=1, save_every=2
@@ -44,12 +55,20 @@ class Sequences:
         return self.noise_NLC[indices], self.ids_NL[indices], torch.tensor(indices) % 4
 
 
+STUDENTS: dict[str, Callable[[], Student]] = {
+    "dd1": lambda: make_student(make_teacher(), split=10),
+    "drafts": lambda: make_draft_student(make_var_teacher()),
+    "wavefront": lambda: make_wavefront_student(make_teacher()),
+}
+
+
 def run(
-    folder: Path, *, drafts: bool = False, precision: str = "no", stop: int | None = None, resume: bool = False
+    folder: Path, *, kind: str = "dd1", precision: str = "no", stop: int | None = None, resume: bool = False
 ) -> dict[str, Tensor]:
-    """A training of a DD1 student of LlamaGen, or of one of VAR that drafts; returns the state of its EMA."""
-    student = make_draft_student(make_var_teacher()) if drafts else make_student(make_teacher(), split=10)
-    objective = StudentObjective(student, ObjectiveConfig(logits=1.0, embeddings=0.5))
+    """A training of a student; returns the state of its EMA."""
+    student = STUDENTS[kind]()
+    terms = ObjectiveConfig(logits=1.0, embeddings=0.5, teacher_forcing=kind == "wavefront")
+    objective = StudentObjective(student, terms)
     config = dataclasses.replace(CONFIG, precision=precision)
     samples = Sequences(student.length, stop)
     ema = training.train(objective, samples, config, folder, identity={}, resume=resume, show_progress=False)
@@ -94,4 +113,5 @@ if __name__ == "__main__":
     assert all(torch.equal(whole[name], resumed[name]) for name in whole), "resumed is not as uninterrupted"
     run(out / "arriving", resume=True)
     run(out / "half", precision="bf16")
-    run(out / "drafting", drafts=True)
+    run(out / "drafting", kind="drafts")
+    run(out / "wavefront", kind="wavefront")

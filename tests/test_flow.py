@@ -11,7 +11,7 @@ from scipy.stats import binom, chisquare, kstest, norm
 from torch import Tensor
 
 from ddecode import flow
-from ddecode.flow import Codes, FlowGrid, centred, flow_grid, noise_to_tokens, tokens_to_noise
+from ddecode.flow import Codes, FlowGrid, augmented, centred, flow_grid, noise_to_tokens, tokens_to_noise
 
 SETTINGS = (8, 16, 32, 64)
 FALSE_ALARM = 1e-5
@@ -109,7 +109,7 @@ def test_one_code_takes_all_noise_on_a_straight_line() -> None:
     noise, log_p = noise_RC(50, 2), torch.zeros(50, 1)
     assert tokens(noise, log_p, code).eq(0).all()
     for s in (0.0, 0.5, 40.0):
-        codes = Codes.shared(code, log_p)
+        codes = Codes(log_p_RA=log_p, codes=augmented(code))
         drift = codes.mean(codes.weights(noise + s * code, s))
         torch.testing.assert_close(drift, code.expand(50, -1))
 
@@ -119,7 +119,7 @@ def test_velocity_is_that_of_rectified_flow() -> None:
     for time in (0.1, 0.5, 0.9):
         distance = (x[:, None] - time * codebook).square().sum(-1)
         expected = torch.softmax(log_p - distance / (2 * (1 - time) ** 2), -1) @ codebook
-        codes = Codes.shared(codebook, log_p)
+        codes = Codes(log_p_RA=log_p, codes=augmented(codebook))
         drift = codes.mean(codes.weights(x / (1 - time), time / (1 - time)))
         torch.testing.assert_close(drift, expected, rtol=1e-4, atol=1e-5)
 
@@ -224,7 +224,7 @@ def test_short_cuts_change_nothing(V: int, C: int, peak: float, num_steps: int) 
 def test_narrowed_codes_give_the_same_drift() -> None:
     log_p = random_log_p(40, 4096, 1.0)
     log_p[:, 100:] = -math.inf
-    codes = Codes.shared(unit_codes(4096, 8), log_p)
+    codes = Codes(log_p_RA=log_p, codes=augmented(unit_codes(4096, 8)))
     narrow = codes.narrowed(codes.weights(noise_RC(40, 8), 0.0))
     assert narrow.log_p_RA.shape == (40, 100)
     z = noise_RC(40, 8)

@@ -44,7 +44,8 @@ def assert_alike(ours: Path, theirs: Path, tolerance: float) -> None:
 def test_two_processes_with_half_of_all_tensors_train_as_one(tmp_path: Path) -> None:
     whole = run(tmp_path / "one")
     run(tmp_path / "one-half", precision="bf16")
-    run(tmp_path / "one-drafting", drafts=True)
+    run(tmp_path / "one-drafting", kind="drafts")
+    run(tmp_path / "one-wavefront", kind="wavefront")
     with suppress(KeyboardInterrupt):
         run(tmp_path / "arriving", stop=3)
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
@@ -62,6 +63,7 @@ def test_two_processes_with_half_of_all_tensors_train_as_one(tmp_path: Path) -> 
     for folder in ("whole", "parts", "arriving", "leaving"):
         assert_alike(tmp_path / folder, tmp_path / "one", 1e-4)
     assert_alike(tmp_path / "drafting", tmp_path / "one-drafting", 1e-4)
+    assert_alike(tmp_path / "wavefront", tmp_path / "one-wavefront", 1e-4)
     assert_alike(tmp_path / "half", tmp_path / "one-half", 1e-2)
     assert scalars(tmp_path / "half") != scalars(tmp_path / "whole")
 

@@ -19,6 +19,7 @@ from ddecode.staggered_student import StaggeredStudent
 from ddecode.student import DD1Student, Student
 from ddecode.teacher import Recipe, Teacher
 from ddecode.types import Condition, KeyValueCache
+from ddecode.wavefront_student import WavefrontStudent
 from third_party_loaders import llamagen, var
 
 TOKENIZER = {
@@ -113,6 +114,20 @@ def make_staggered_student(
         )  # fmt: skip
     scramble_var(student, seed + 2)
     assert isinstance(student, StaggeredStudent)
+    return student
+
+
+def make_wavefront_student(
+    teacher: Teacher, *, seed: int = 0, starts: tuple[int, ...] = (0, 8), wavefront: int = 2
+) -> WavefrontStudent:
+    """Of LlamaGen."""
+    with torch.random.fork_rng():
+        student = llamagen.build_student(
+            llamagen.student_config(teacher, None, shifted=True), teacher.tokenizer, None,
+            starts=starts, wavefront=wavefront, num_steps=8,
+        )  # fmt: skip
+    scramble(student, seed + 2)
+    assert isinstance(student, WavefrontStudent)
     return student
 
 

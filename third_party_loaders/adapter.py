@@ -12,6 +12,7 @@ from ddecode.draft_student import DraftStudent
 from ddecode.staggered_student import StaggeredStudent
 from ddecode.student import DD1Student, Student
 from ddecode.types import Backbone, Tokenizer
+from ddecode.wavefront_student import WavefrontStudent
 from third_party_loaders.state import StateOrPath, check_names, meta_module, read_state
 
 STUDENT_NAMES = {
@@ -59,6 +60,8 @@ def new_student(backbone: Backbone, tokenizer: Tokenizer, *, layerwise: bool, **
         return DraftStudent(backbone, tokenizer, **options)
     if "exits" in options:
         return StaggeredStudent(backbone, tokenizer, **options)
+    if "wavefront" in options:
+        return WavefrontStudent(backbone, tokenizer, **options)
     if "head_depth" in options:
         return DD2Student(backbone, tokenizer, **options)
     return DD1Student(backbone, tokenizer, layerwise=layerwise, **options)

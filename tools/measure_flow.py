@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ddecode import flow
-from ddecode.flow import Codes, FlowGrid, centred, flow_grid, noise_to_tokens
+from ddecode.flow import Codes, FlowGrid, augmented, centred, flow_grid, noise_to_tokens
 
 Solver = Callable[[Tensor, Tensor, Tensor, int], Tensor]
 SETTINGS = (8, 16, 32, 64)
@@ -60,7 +60,8 @@ def with_grid(scale: float, last: float) -> Solver:
 
 
 def adams_bashforth(noise_RC: Tensor, log_p_RV: Tensor, codes_VC: Tensor, num_steps: int) -> Tensor:
-    codes, z, before = Codes.shared(centred(codes_VC), log_p_RV), noise_RC, torch.zeros_like(noise_RC)
+    codes = Codes(log_p_RA=log_p_RV, codes=augmented(centred(codes_VC)))
+    z, before = noise_RC, torch.zeros_like(noise_RC)
     grid = flow_grid(codes_VC, num_steps)
     s = [0.0, *torch.logspace(math.log10(0.15 * grid.scale), math.log10(2 * grid.s[-1]), num_steps).tolist()]
     for k in range(num_steps):
@@ -71,7 +72,7 @@ def adams_bashforth(noise_RC: Tensor, log_p_RV: Tensor, codes_VC: Tensor, num_st
 
 
 def heun(noise_RC: Tensor, log_p_RV: Tensor, codes_VC: Tensor, num_steps: int) -> Tensor:
-    codes, z = Codes.shared(centred(codes_VC), log_p_RV), noise_RC
+    codes, z = Codes(log_p_RA=log_p_RV, codes=augmented(centred(codes_VC))), noise_RC
     grid = flow_grid(codes_VC, num_steps // 2)
     for start, stop in pairwise(grid.s):
         drift = codes.mean(codes.weights(z, start))

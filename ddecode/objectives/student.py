@@ -97,7 +97,9 @@ class StudentObjective(Objective):
             raise ValueError(f"objective.image_batch {config.image_batch} does not divide over {world()} processes")
         self.few = slice(config.image_batch // world())
         """This process's share of the samples whose output is seen."""
-        self.starts = torch.tensor(student.starts)
+        passes = student.passes if config.teacher_forcing else [(start, student.length) for start in student.starts]
+        self.starts, self.stops = torch.tensor(passes).unbind(1)
+        """Of the kinds of pass."""
         self.told_L = torch.arange(student.length) < student.split
         """The positions that are emitted as tokens."""
         self.grid = flow_grid(student.codebook_VC, REDRAWING_STEPS)
@@ -128,7 +130,9 @@ class StudentObjective(Objective):
         codes_BLC = F.embedding(ids_BL, student.codebook_VC)
         chosen_B = draw(partial(torch.randint, len(self.starts)), (batch,), generator).to(ids_BL.device)
         start_B = self.starts.to(ids_BL.device)[chosen_B]
-        open_BL = torch.arange(length, device=ids_BL.device) >= start_B[:, None]
+        stop_B = self.stops.to(ids_BL.device)[chosen_B]
+        position_L = torch.arange(length, device=ids_BL.device)
+        open_BL = (position_L >= start_B[:, None]) & (position_L < stop_B[:, None])
         sees_images = any(self.image_weights(progress))
         # before either term begins its guidance network learns alone
         studied, guided = bool(config.score.weight), bool(config.matching.weight)
@@ -140,6 +144,8 @@ class StudentObjective(Objective):
         prefix_BLC = self.first_pass(codes_BLC, noise_BLC, labels_B, own_B) if share else codes_BLC
         sequence_BLC = torch.where(open_BL[..., None], noise_BLC, prefix_BLC)
         told = {"told_BL": ids_BL} if config.teacher_forcing else {}
+        if (self.stops < length).any():
+            told["stop_B"] = stop_B
         prediction = student(sequence_BLC, labels_B, start_B, **told)
 
         # the pair's tokens follow from the teacher's prefix, not from the student's own

@@ -1,0 +1,234 @@
+"""A student through whose depth a raster of tokens goes as a wavefront.
+
+A teacher that writes one token after the other goes through all its blocks for each. This student goes through its
+blocks once and settles tokens on the way, as a `StaggeredStudent` does with AR steps. A raster has far more tokens than
+a network has blocks, but those of one diagonal, `column + slope row`, hardly depend on each other once the diagonals
+before are known: with slope 2 a token's left, upper and upper right neighbours all lie there. So diagonals are read one
+behind the other, several after each block. A settled token is added at once to those whose neighbour it is, and reaches
+all others by attention in the blocks to come. Of tokens before it in the raster that are not settled when it is read, a
+position sees the noise.
+
+The cross-entropy against the teacher's probabilities along the teacher's tokens, less their entropy, bounds the
+divergence of all that the student emits, by the chain rule. What is lost is what the depth cannot hold, and what tokens
+of one diagonal know of each other that their noise does not tell.
+
+B batch, L token positions, N tokens of one diagonal, S of them that others read, R their readers, V codes, D model
+width.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ddecode.linear import Linear
+from ddecode.mapped_student import MappedStudent
+from ddecode.processes import any_of_all, world
+from ddecode.shifted_student import ShiftedStudent
+from ddecode.teacher import Teacher
+from ddecode.types import Backbone, Prediction, Tokenizer
+
+
+class WavefrontStudent(MappedStudent, ShiftedStudent):
+    """Predicts its teacher's probabilities from the tokens before; the exact map makes the tokens within the pass.
+
+    Args:
+        backbone: the teacher's own kind, reading token ids; its tokens are a square in raster order, one an AR step.
+        tokenizer, starts: as for every student.
+        wavefront: slope of the diagonals, 1 to the square's side, where each token is a diagonal of its own. Of less
+            slope there are fewer, which is faster, and each token knows less of the row above.
+        num_steps: evaluations of the map.
+
+    Raises:
+        ValueError: the tokens are no such square, or the slope does not fit it.
+    """
+
+    def __init__(
+        self, backbone: Backbone, tokenizer: Tokenizer, *, starts: tuple[int, ...], wavefront: int, num_steps: int = 16
+    ) -> None:
+        super().__init__(backbone, tokenizer, starts=starts, num_steps=num_steps)
+        self.side = round(self.length**0.5)
+        if self.side**2 != self.length or any(tokens != 1 for tokens in backbone.steps):
+            raise ValueError(
+                f"a wavefront needs a teacher whose tokens are a square in raster order, one an AR step; this one's "
+                f"AR steps have {', '.join(map(str, backbone.steps[:4]))}... tokens"
+            )
+        if not 1 <= wavefront <= self.side:
+            raise ValueError(f"the wavefront's slope must lie in 1..{self.side}, got {wavefront}")
+        self.wavefront = wavefront
+        self.offsets = (1, self.side - 1, self.side)
+        """From a token to those that read it at once: the next one, and the two below and to the left of it."""
+        self._schedules: dict[tuple[int, int, torch.device], list[Diagonal]] = {}
+        width = backbone.width
+        self.token_map = Linear(width, len(self.offsets) * width, bias=False)
+        """Of what a settled token adds to each of its readers."""
+        self.gains = nn.ParameterList(torch.ones(width) for _ in range(backbone.depth + 1))
+        """By the number of blocks before: of the same."""
+        self.mixer = Mixer(width)
+        """In front of the logits."""
+
+    @property
+    def passes(self) -> list[tuple[int, int]]:
+        """See `Student.passes`: from each start to each later one and to the end."""
+        ends = [*self.starts[1:], self.length]
+        return [(start, end) for start in self.starts for end in ends if end > start]
+
+    def options(self) -> dict[str, Any]:
+        return {"starts": self.starts, "wavefront": self.wavefront, "num_steps": self.num_steps}
+
+    def diagonals(self, start: int, end: int) -> list[tuple[list[int], int]]:
+        """The tokens from `start` to `end` diagonal by diagonal, and after how many blocks each is read.
+
+        They are spread evenly over the depth. Only the first token of all needs no block: it follows from the
+        condition.
+        """
+        diagonals: dict[int, list[int]] = {}
+        for token in range(start, end):
+            row, column = divmod(token, self.side)
+            diagonals.setdefault(column + self.wavefront * row, []).append(token)
+        ordered, depth = [diagonals[place] for place in sorted(diagonals)], self.backbone.depth
+        early, late = (ordered[:1], ordered[1:]) if start == 0 else ([], ordered)
+        spread = [(tokens, -(-(i + 1) * depth // len(late))) for i, tokens in enumerate(late)]
+        return [(tokens, 0) for tokens in early] + spread
+
+    def forward(
+        self,
+        sequence_BLC: Tensor,
+        labels_B: Tensor,
+        start_B: Tensor,
+        told_BL: Tensor | None = None,
+        stop_B: Tensor | None = None,
+    ) -> Prediction:
+        """The teacher's logits as predicted, before the map, and the codes expected under them.
+
+        Args:
+            told_BL: tokens int64 that stand in for the student's own as they are settled (teacher forcing).
+            stop_B: ends of the passes; None: all are to the last token. Behind them predictions mean nothing.
+        """
+        if stop_B is None:
+            stop_B = torch.full_like(start_B, self.length)
+        logits_BLV = torch.zeros(*sequence_BLC.shape[:2], len(self.codebook_VC), device=self.device)
+        for start, stop in self.kinds(start_B, stop_B):
+            rows = ((start_B == start) & (stop_B == stop)).nonzero()[:, 0]
+            counts = float(len(rows) > 0)
+            rows = rows if counts else rows.new_zeros(1)
+            told = None if told_BL is None else told_BL[rows]
+            read = list(self.walk(sequence_BLC[rows], labels_B[rows], start, stop, told))
+            tokens_N, found_BNV = torch.cat([tokens for tokens, _, _ in read]), torch.cat([at for _, at, _ in read], 1)
+            rows_BLV = found_BNV.new_zeros(len(rows), self.length, found_BNV.shape[2])
+            rows_BLV = rows_BLV.index_copy(1, tokens_N, found_BNV)
+            logits_BLV = logits_BLV.index_add(0, rows, rows_BLV, alpha=counts)
+        return Prediction(embeddings_BLC=torch.softmax(logits_BLV, -1) @ self.codebook_VC, logits_BLV=logits_BLV)
+
+    def kinds(self, start_B: Tensor, stop_B: Tensor) -> list[tuple[int, int]]:
+        """The passes that these samples need; in training those of all processes, for where weights are sharded all
+        must make a pass."""
+        own = set(zip(start_B.tolist(), stop_B.tolist(), strict=True))
+        if world() == 1 or not torch.is_grad_enabled():
+            return sorted(own)
+        return [kind for kind in self.passes if any_of_all(torch.tensor(kind in own, device=self.device))]
+
+    @torch.no_grad()
+    def emit(self, sequence_BLC: Tensor, labels_B: Tensor, start: int, stop: int) -> Tensor:
+        """The map's codes. The pass is the shortest that training knew and that reaches so far."""
+        end = next(end for end in (*self.starts, self.length) if end >= stop)
+        found = [(tokens_N, ids_BN) for tokens_N, _, ids_BN in self.walk(sequence_BLC, labels_B, start, end)]
+        order = torch.cat([tokens_N for tokens_N, _ in found]).argsort()
+        ids_BN = torch.cat([ids_BN for _, ids_BN in found], 1)[:, order]
+        return F.embedding(ids_BN[:, : stop - start], self.codebook_VC)
+
+    @torch.no_grad()
+    def initialize_from(self, teacher: Teacher) -> None:
+        super().initialize_from(teacher)
+        nn.init.normal_(self.noise_map.weight, std=0.02)
+        nn.init.zeros_(self.noise_map.bias)
+        nn.init.zeros_(self.token_map.weight)
+        nn.init.eye_(self.token_map.weight[: self.backbone.width])
+
+    def walk(
+        self, sequence_BLC: Tensor, labels_B: Tensor, start: int, end: int, told_BL: Tensor | None = None
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """One pass from `start` to `end`.
+
+        Yields:
+            For each diagonal its tokens' positions int64 [N], their logits fp32 [B,N,V], and the tokens as settled,
+            int64 [B,N].
+        """
+        backbone = self.backbone
+        opening = self.opening(sequence_BLC, labels_B, torch.full_like(labels_B, start), end)
+        condition, hidden, first, ids_BN = opening.condition, opening.inputs_BND, opening.first, opening.ids_BN
+        done = 0
+        for diagonal in self.schedule(start, end):
+            tokens_N, exit = diagonal.tokens_N, diagonal.exit
+            if exit > done:
+                hidden = backbone.hidden(hidden, condition, blocks=range(done, exit))
+                done = exit
+            logits_BNV = backbone.logits(self.mixer(hidden[:, first + tokens_N]), condition)
+            if told_BL is None:
+                with torch.no_grad():
+                    settled_BN = self.tokens(sequence_BLC[:, tokens_N], logits_BNV, self.num_steps)
+            else:
+                settled_BN = told_BL[:, tokens_N]
+            yield tokens_N, logits_BNV, settled_BN
+            senders_S = diagonal.senders_S
+            if not len(senders_S):
+                continue
+            ids_BN = ids_BN.index_copy(1, senders_S, settled_BN[:, : len(senders_S)])
+            added_BSD = self.token_map(backbone.token_inputs(ids_BN)[:, senders_S])
+            added_BRD = added_BSD.unflatten(-1, (len(self.offsets), -1)).flatten(1, 2)[:, diagonal.sources_R]
+            added_BRD = (added_BRD * self.gains[exit]).to(hidden.dtype)
+            hidden = hidden.index_add(1, first + diagonal.readers_R, added_BRD)
+
+    def schedule(self, start: int, end: int) -> list["Diagonal"]:
+        """The diagonals of a pass, worked out at its first time."""
+        key = start, end, self.device
+        if key not in self._schedules:
+            self._schedules[key] = [self.diagonal(tokens, exit, end) for tokens, exit in self.diagonals(start, end)]
+        return self._schedules[key]
+
+    def diagonal(self, tokens: list[int], exit: int, end: int) -> "Diagonal":
+        senders = [token for token in tokens if token < end - 1]
+        sources, readers = [], []
+        for i, token in enumerate(senders):
+            for k, offset in enumerate(self.offsets):
+                reader = token + offset
+                # the next token in the raster may stand in the next row; those below do not reach around the edge
+                if reader < end and (offset == 1 or abs(reader % self.side - token % self.side) <= 1):
+                    sources.append(i * len(self.offsets) + k)
+                    readers.append(reader)
+        lists = (tokens, senders, sources, readers)
+        return Diagonal(exit, *(torch.tensor(some, dtype=torch.int64, device=self.device) for some in lists))
+
+
+@dataclass(frozen=True)
+class Diagonal:
+    """Tokens that are read at once."""
+
+    exit: int
+    """Number of blocks before."""
+    tokens_N: Tensor
+    """Their positions, int64, rising."""
+    senders_S: Tensor
+    """Of these, all but the pass's last token, which nobody reads."""
+    sources_R: Tensor
+    """Which of what the senders add, S by offsets, each reader takes; int64."""
+    readers_R: Tensor
+    """The tokens that read it; int64."""
+
+
+class Mixer(nn.Module):
+    """A feed-forward block (SwiGLU) that lets a position take up what was added to it, before its logits are read."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.RMSNorm(width, eps=1e-5)
+        self.gate_and_value = Linear(width, 2 * width, bias=False)
+        self.out = Linear(width, width, bias=False)
+        nn.init.zeros_(self.out.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, value = self.gate_and_value(self.norm(x)).chunk(2, -1)
+        return x + self.out(F.silu(gate) * value)

@@ -1,0 +1,225 @@
+"""Students through whose depth a raster of tokens goes diagonal by diagonal: an auto-regressive model of their own."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import (
+    C,
+    L,
+    V,
+    distill_recipe,
+    make_teacher,
+    make_var_teacher,
+    make_wavefront_student,
+    save_tiny,
+    seeded,
+    write_yaml,
+)
+from torch.nn import functional as F
+
+from ddecode.checkpoint import ModelFolder
+from ddecode.codebook import nearest_code
+from ddecode.config import DistillConfig, ObjectiveConfig, read_config
+from ddecode.distillation import distill
+from ddecode.objectives.student import StudentObjective
+from ddecode.pairs import make_manifest, write_pairs
+from ddecode.pipeline import DistilledPipeline
+from ddecode.teacher import Recipe, Teacher
+from ddecode.trajectory import resolve
+from ddecode.wavefront_student import WavefrontStudent
+from third_party_loaders import var
+
+LABELS = torch.tensor([0, 1, 2])
+SIDE = 4
+
+
+@pytest.fixture
+def teacher() -> Teacher:
+    return make_teacher()
+
+
+def noise_of_three(seed: int = 0) -> torch.Tensor:
+    return torch.randn(3, L, C, generator=seeded(seed))
+
+
+def random_ids(seed: int = 1) -> torch.Tensor:
+    return torch.randint(V, (3, L), generator=seeded(seed))
+
+
+def partly(student: WavefrontStudent, noise_BLC: torch.Tensor, start: int) -> torch.Tensor:
+    """A sequence with random tokens before `start`."""
+    codes = F.embedding(random_ids()[:, :start], student.codebook_VC)
+    return torch.cat([codes, noise_BLC[:, start:]], 1)
+
+
+def all_at(place: int) -> torch.Tensor:
+    return torch.full((3,), place)
+
+
+def place(token: int, slope: int) -> int:
+    return token % SIDE + slope * (token // SIDE)
+
+
+@pytest.mark.parametrize("slope", [1, 2, SIDE])
+@pytest.mark.parametrize(("start", "end"), [(0, L), (0, 6), (6, L), (L - 1, L)])
+def test_diagonals_hold_each_token_once_and_go_evenly_through_the_depth(
+    teacher: Teacher, slope: int, start: int, end: int
+) -> None:
+    diagonals = make_wavefront_student(teacher, wavefront=slope).diagonals(start, end)
+    assert sorted(token for tokens, _ in diagonals for token in tokens) == list(range(start, end))
+    places = [{place(token, slope) for token in tokens} for tokens, _ in diagonals]
+    assert all(len(one) == 1 for one in places)
+    assert [min(one) for one in places] == sorted(min(one) for one in places)
+    exits = [exit for _, exit in diagonals]
+    assert exits == sorted(exits) and exits[-1] == 2
+    assert [tokens for tokens, exit in diagonals if exit == 0] == ([[0]] if start == 0 else [])
+    counts = [exits.count(block) for block in (1, 2)]
+    assert max(counts) - min(counts) <= 1
+
+
+@pytest.mark.parametrize("slope", [1, 2, SIDE])
+def test_all_ways_to_emit_agree(teacher: Teacher, slope: int) -> None:
+    student = make_wavefront_student(teacher, wavefront=slope)
+    for start in (0, 8):
+        sequence = partly(student, noise_of_three(), start)
+        emitted = student.emit(sequence, LABELS, start, L)
+        prediction = student.predict(sequence, LABELS, start)
+        torch.testing.assert_close(prediction.embeddings_BLC[:, start:], emitted)
+        ids = nearest_code(emitted, student.codebook_VC)
+        assert torch.equal(prediction.logits_BLV[:, start:].argmax(-1), ids), "logits that say another token"
+        trained = student.emitted(student(sequence, LABELS, all_at(start)), sequence)
+        torch.testing.assert_close(trained[:, start:], emitted, atol=1e-5, rtol=1e-5)
+        part = student.emit(sequence, LABELS, start, 13)
+        torch.testing.assert_close(part, emitted[:, : 13 - start])
+
+
+def test_a_first_pass_is_the_one_that_training_showed(teacher: Teacher) -> None:
+    """The tokens before the second start have all of the depth to themselves, whoever asks for some of them."""
+    student, noise = make_wavefront_student(teacher), noise_of_three()
+    assert student.passes == [(0, 8), (0, L), (8, L)]
+    emitted = student.emit(noise, LABELS, 0, 8)
+    logits = student(noise, LABELS, all_at(0), stop_B=all_at(8)).logits_BLV[:, :8]
+    own = student.tokens(noise[:, :8], logits, student.num_steps)
+    assert torch.equal(nearest_code(emitted, student.codebook_VC), own)
+    torch.testing.assert_close(student.emit(noise, LABELS, 0, 3), emitted[:, :3])
+    assert not torch.equal(student.emit(noise, LABELS, 0, L)[:, :8], emitted), "one schedule for both"
+
+
+def test_the_last_token_is_the_teachers_own_where_all_before_it_are_resolved() -> None:
+    """It goes through all blocks then, so a student fresh from its teacher, without guidance, gives its token."""
+    teacher = make_teacher(recipe=Recipe())
+    student = make_wavefront_student(teacher)
+    student.initialize_from(teacher)
+    torch.nn.init.zeros_(student.mixer.out.weight)
+    noise = noise_of_three()
+    ids = resolve(teacher, noise, LABELS, num_steps=student.num_steps)
+    sequence = torch.cat([teacher.codebook_VC[ids[:, :-1]], noise[:, -1:]], 1)
+    emitted = student.emit(sequence, LABELS, L - 1, L)
+    assert torch.equal(nearest_code(emitted, teacher.codebook_VC), ids[:, -1:])
+
+
+def test_told_its_own_tokens_it_predicts_the_same(teacher: Teacher) -> None:
+    student = make_wavefront_student(teacher)
+    for start, stop in student.passes:
+        sequence = partly(student, noise_of_three(), start)
+        own = student(sequence, LABELS, all_at(start), stop_B=all_at(stop)).logits_BLV
+        ids = student.tokens(sequence, own, student.num_steps)
+        told = student(sequence, LABELS, all_at(start), ids, all_at(stop)).logits_BLV
+        torch.testing.assert_close(own[:, start:stop], told[:, start:stop])
+
+
+@pytest.mark.parametrize("slope", [1, 2, SIDE])
+def test_neighbours_see_a_token_at_once_others_after_a_block_and_its_noise_all(teacher: Teacher, slope: int) -> None:
+    student, ids, noise = make_wavefront_student(teacher, wavefront=slope), random_ids(), noise_of_three()
+    logits = student(noise, LABELS, all_at(0), ids).logits_BLV
+
+    def seen_by(change_BLV: torch.Tensor) -> set[int]:
+        return {p for p, change in enumerate((change_BLV - logits).abs().amax((0, 2)).tolist()) if change > 1e-6}
+
+    exits = {token: exit for tokens, exit in student.diagonals(0, L) for token in tokens}
+    for token in range(L):
+        other = ids.clone()
+        other[:, token] = (other[:, token] + V // 2) % V
+        near = {token + 1, *(token + SIDE + c for c in (-1, 0) if token % SIDE + c >= 0)}
+        later = {p for p in range(token + 1, L) if place(token, slope) < place(p, slope)}
+        seen = seen_by(student(noise, LABELS, all_at(0), other).logits_BLV)
+        assert seen == {p for p in later if exits[p] > exits[token] or p in near}
+    changed = noise.clone()
+    changed[:, 5] += 1
+    seen = seen_by(student(changed, LABELS, all_at(0), ids).logits_BLV)
+    assert seen and min(seen) > 5
+
+
+def test_a_sample_does_not_depend_on_its_batch(teacher: Teacher) -> None:
+    student = make_wavefront_student(teacher)
+    starts, stops, ids = torch.tensor([0, 8, 0]), torch.tensor([8, L, L]), random_ids()
+    resolved = F.embedding(ids, student.codebook_VC)
+    sequence = torch.where((torch.arange(L) < starts[:, None])[..., None], resolved, noise_of_three())
+    for told in (None, ids):
+        whole = student(sequence, LABELS, starts, told, stops).logits_BLV
+        for i in range(3):
+            one = slice(i, i + 1)
+            told_one = None if told is None else told[one]
+            alone = student(sequence[one], LABELS[one], starts[one], told_one, stops[one]).logits_BLV
+            predicted = slice(int(starts[i]), int(stops[i]))
+            torch.testing.assert_close(alone[:, predicted], whole[one, predicted], atol=1e-5, rtol=1e-4)
+
+
+def test_training_reaches_every_weight_and_regresses_along_the_pairs_tokens(teacher: Teacher) -> None:
+    student, ids = make_wavefront_student(teacher), random_ids()
+    objective = StudentObjective(student, ObjectiveConfig(teacher_forcing=True))
+    shown, losses = set(), []
+    for seed in range(6):
+        losses.append(objective(noise_of_three(), ids, LABELS, generator=seeded(seed))[0])
+        kinds = torch.randint(3, (3,), generator=seeded(seed)).tolist()
+        passes = [student.passes[kind] for kind in kinds]
+        shown |= set(passes)
+        starts, stops = torch.tensor(passes).unbind(1)
+        position = torch.arange(L)
+        counted = (position >= starts[:, None]) & (position < stops[:, None])
+        codes = F.embedding(ids, student.codebook_VC)
+        sequence = torch.where(counted[..., None], noise_of_three(), codes)
+        logits = student(sequence, LABELS, starts, ids, stops).logits_BLV
+        assert losses[-1].item() == pytest.approx(F.cross_entropy(logits[counted], ids[counted]).item(), rel=1e-5)
+    assert shown == set(student.passes)
+    torch.stack(losses).sum().backward()
+    for name, parameter in student.named_parameters():
+        assert parameter.grad is not None and parameter.grad.abs().max() > 0, name
+
+
+def test_a_distillation_ends_with_one_that_samples_in_one_and_two_steps(teacher: Teacher, tmp_path: Path) -> None:
+    pipe = DistilledPipeline(tokenizer=teacher.tokenizer, teacher=teacher)
+    recipe = distill_recipe(save_tiny(tmp_path / "teacher", pipe))
+    recipe["student"] = {"starts": [0, 8], "wavefront": 2, "draft_steps": 6}
+    recipe["objective"] = {"targets": "probabilities", "teacher_forcing": True}
+    config = read_config(write_yaml(tmp_path / "recipe.yaml", recipe), DistillConfig)
+    folder = ModelFolder.open(config.teacher)
+    manifest = make_manifest(folder.teacher(), config.teacher, folder.teacher_hash(), config.pairs)
+    write_pairs(folder.teacher(), manifest, tmp_path / "pairs", show_progress=False)
+    model = distill(config, tmp_path / "pairs", tmp_path / "run", show_progress=False)
+    loaded = DistilledPipeline.from_pretrained(model)
+    assert isinstance(loaded.student, WavefrontStudent)
+    assert loaded.student.options() == {"starts": (0, 8), "wavefront": 2, "num_steps": 6}
+    for steps in (1, 2):
+        images = loaded([0, 1], num_inference_steps=steps, generator=seeded(4), output_type="pt").images
+        assert images.isfinite().all()
+
+
+@pytest.mark.parametrize("slope", [0, SIDE + 1])
+def test_a_slope_that_does_not_fit_the_square_is_refused(teacher: Teacher, slope: int) -> None:
+    with pytest.raises(ValueError, match=f"the wavefront's slope must lie in 1..4, got {slope}"):
+        make_wavefront_student(teacher, wavefront=slope)
+
+
+def test_a_teacher_that_is_no_raster_is_refused() -> None:
+    teacher = make_var_teacher()
+    config = var.student_config(teacher, None, shifted=True)
+    with pytest.raises(ValueError, match="a square in raster order, one an AR step; this one's AR steps have 1, 4, 9"):
+        var.build_student(config, teacher.tokenizer, None, starts=(0,), wavefront=2)
+
+
+def test_a_slope_beside_another_kind_is_refused(tmp_path: Path) -> None:
+    tree = distill_recipe(tmp_path) | {"student": {"wavefront": 2, "drafts": [1]}}
+    with pytest.raises(ValueError, match="five kinds: give one"):
+        read_config(write_yaml(tmp_path / "recipe.yaml", tree), DistillConfig)
