@@ -15,11 +15,12 @@ import numpy as np
 
 from ddecode.benchmark import BenchmarkResult, benchmark
 from ddecode.checkpoint import ModelFolder, zoo_folder
-from ddecode.config import DistillConfig, ObjectiveConfig
+from ddecode.config import DistillConfig
 from ddecode.distillation import distill
 from ddecode.evaluation.zoo import Judge, ZooRow, evaluate
 from ddecode.files import write_aside
 from ddecode.images import grid, png, to_uint8
+from ddecode.objective_config import ObjectiveConfig
 from ddecode.pairs import make_manifest, write_pairs
 from ddecode.pipeline import DistilledPipeline
 from ddecode.randomness import sample_generators

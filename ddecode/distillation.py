@@ -12,12 +12,13 @@ from torch import Tensor, nn
 
 from ddecode.checkpoint import RECIPE, ModelFolder, save_model
 from ddecode.compilation import compile_blocks
-from ddecode.config import WITHOUT_MODEL, DistillConfig, MatchingConfig, as_dict, as_yaml
+from ddecode.config import WITHOUT_MODEL, DistillConfig, as_dict, as_yaml
 from ddecode.dd2_student import HEAD_DEPTH, DD2Student
 from ddecode.evaluation.features import features_folder, load_features
 from ddecode.files import read_tensors, write_aside
 from ddecode.labelled_images import LabelledImages
 from ddecode.locks import held
+from ddecode.objective_config import MatchingConfig
 from ddecode.objectives.matching import TokenGuidance, TokenMatching
 from ddecode.objectives.positives import Positives, encode_images, read_positives
 from ddecode.objectives.score import ARDiffusion, Guidance, ScoreTerm, TuningObjective

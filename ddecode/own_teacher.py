@@ -23,7 +23,7 @@ from torch.optim.swa_utils import update_bn
 
 from ddecode.arguments import as_path, check_kind
 from ddecode.checkpoint import family_module, save_model
-from ddecode.config import TrainingConfig, as_dict, build
+from ddecode.config import as_dict, build
 from ddecode.evaluation.features import FeatureNetwork, load_features, save_features
 from ddecode.evaluation.zoo import write_statistics
 from ddecode.files import write_aside
@@ -37,6 +37,7 @@ from ddecode.processes import launch
 from ddecode.randomness import derived_seed, fresh_weights
 from ddecode.teacher import Recipe, Teacher
 from ddecode.training import Objective, Preview, Samples, Shown, train
+from ddecode.training_config import TrainingConfig
 
 STAGES = ("features/judge", "features/perceptual", "tokenizer", "teacher")
 PROJECTION = 64

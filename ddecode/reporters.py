@@ -16,8 +16,8 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image
 
-from ddecode.config import ReporterName
 from ddecode.files import write_aside
+from ddecode.training_config import ReporterName
 
 GROUPS = 8
 """Curves of a metric by position, at most."""

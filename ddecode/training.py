@@ -24,12 +24,13 @@ from tqdm import tqdm
 
 from ddecode.arguments import as_path, check_kind
 from ddecode.compilation import compile_blocks
-from ddecode.config import TrainingConfig, decisive
+from ddecode.config import decisive
 from ddecode.processes import launch, rank, world
 from ddecode.randomness import StepGenerator, derived_seed
 from ddecode.reporters import opened_reports
 from ddecode.run_folder import Checkpoint, Log
 from ddecode.sharding import Sharded, fsdp_options, whole
+from ddecode.training_config import TrainingConfig
 
 
 @dataclass(frozen=True, kw_only=True)

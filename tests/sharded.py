@@ -27,10 +27,11 @@ from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ddecode import training
-from ddecode.config import ObjectiveConfig, TrainingConfig
+from ddecode.objective_config import ObjectiveConfig
 from ddecode.objectives.student import StudentObjective
 from ddecode.processes import rank
 from ddecode.student import Student
+from ddecode.training_config import TrainingConfig
 
 CONFIG = TrainingConfig(
     steps=6, batch=4, lr=0.01, warmup_steps=2, weight_decay=0.1, clip_norm=0.5, log_every=1, save_every=2

@@ -5,8 +5,8 @@ import torch
 from tiny import C, L, V, make_student, scramble, seeded
 from torch import Tensor, nn
 
-from ddecode.config import AdversarialConfig, ObjectiveConfig
 from ddecode.evaluation.features import FeatureMaps, FeatureNetwork
+from ddecode.objective_config import AdversarialConfig, ObjectiveConfig
 from ddecode.objectives.adversarial import Discriminator, adversarial_losses
 from ddecode.objectives.positives import Positives
 from ddecode.objectives.student import StudentObjective

@@ -15,12 +15,13 @@ from torch import Tensor
 
 from ddecode import DistilledPipeline
 from ddecode.arguments import check_labels
-from ddecode.config import PairsConfig, TrainingConfig
+from ddecode.config import PairsConfig
 from ddecode.evaluation.results import compare
 from ddecode.flow import flow_grid, tokens_to_noise
 from ddecode.images import to_uint8, write_npz
 from ddecode.pairs import Pairs, make_manifest, write_pairs
 from ddecode.training import train
+from ddecode.training_config import TrainingConfig
 
 NAN = math.nan
 PICTURES = np.zeros((2, 8, 8, 3), np.uint8)

@@ -17,7 +17,7 @@ from upstream import State
 from ddecode import DistilledPipeline, load_teacher
 from ddecode.card import Card, write_card
 from ddecode.checkpoint import ModelFolder
-from ddecode.config import DistillConfig, ObjectiveConfig, PairsConfig, StudentConfig, TrainingConfig, read_config
+from ddecode.config import DistillConfig, PairsConfig, StudentConfig, read_config
 from ddecode.conformance import check_backbone, check_student_backbone, check_tokenizer
 from ddecode.conversion import convert
 from ddecode.evaluation import zoo
@@ -28,12 +28,14 @@ from ddecode.evaluation.results import read_result
 from ddecode.evaluation.zoo import Judge
 from ddecode.flow import flow_grid, noise_to_tokens
 from ddecode.images import grid
+from ddecode.objective_config import ObjectiveConfig
 from ddecode.pairs import Pairs, make_manifest, write_pairs
 from ddecode.pipeline import PipelineOutput
 from ddecode.plan import Plan, Span, parse_plan
 from ddecode.samples import batches_of, draw_labels, make_settings, write_folder
 from ddecode.student import Student
 from ddecode.teacher import Recipe, Teacher
+from ddecode.training_config import TrainingConfig
 from ddecode.trajectory import resolve
 from third_party_loaders import identify, load_dd1_student, load_llamagen, load_var
 

@@ -8,17 +8,10 @@ import pytest
 from tiny import distill_recipe, write_yaml
 
 from ddecode.checkpoint import family_module
-from ddecode.config import (
-    DistillConfig,
-    ObjectiveConfig,
-    PairsConfig,
-    StudentConfig,
-    TrainingConfig,
-    as_dict,
-    build,
-    read_config,
-)
+from ddecode.config import DistillConfig, PairsConfig, StudentConfig, as_dict, build, read_config
+from ddecode.objective_config import ObjectiveConfig
 from ddecode.teacher import Recipe
+from ddecode.training_config import TrainingConfig
 from ddecode.weight import weight_at
 from third_party_loaders.published import ARCHITECTURES
 

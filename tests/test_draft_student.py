@@ -12,9 +12,9 @@ from torch.nn import functional as F
 
 from ddecode.checkpoint import ModelFolder
 from ddecode.codebook import nearest_code
-from ddecode.config import ObjectiveConfig
 from ddecode.draft_student import DraftStudent
 from ddecode.flow import noise_to_tokens
+from ddecode.objective_config import ObjectiveConfig
 from ddecode.objectives.student import StudentObjective
 from ddecode.pipeline import DistilledPipeline
 from ddecode.teacher import Teacher

@@ -12,7 +12,7 @@ from tiny import make_draft_student, make_student, make_teacher, make_var_teache
 from torch import Tensor
 
 from ddecode.codebook import nearest_code
-from ddecode.config import MatchingConfig, ObjectiveConfig
+from ddecode.objective_config import MatchingConfig, ObjectiveConfig
 from ddecode.objectives.matching import TokenGuidance, TokenMatching
 from ddecode.objectives.score import noisy_codes, posterior_mean
 from ddecode.objectives.student import StudentObjective

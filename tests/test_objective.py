@@ -8,9 +8,9 @@ from tiny import C, L, V, make_draft_student, make_student, make_var_teacher, sc
 from torch import Tensor
 from torch.nn import functional as F
 
-from ddecode.config import ObjectiveConfig
 from ddecode.evaluation.features import FeatureNetwork, perceptual_distance
 from ddecode.flow import noise_to_tokens
+from ddecode.objective_config import ObjectiveConfig
 from ddecode.objectives.student import StudentObjective, by_step
 from ddecode.student import Student
 from ddecode.teacher import Teacher

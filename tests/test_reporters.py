@@ -15,9 +15,10 @@ from test_training import CONFIG, Points, Toy, killed_at
 from tiny import distill_recipe, make_pipeline, save_tiny, write_yaml
 from torch import Tensor
 
-from ddecode.config import TrainingConfig, as_dict, build
+from ddecode.config import as_dict, build
 from ddecode.reporters import GROUPS, curves, grouped
 from ddecode.training import Shown, train
+from ddecode.training_config import TrainingConfig
 
 
 class Positional(Toy):

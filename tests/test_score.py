@@ -23,8 +23,8 @@ from tiny import make_scale_teacher, make_student, make_teacher, make_var_teache
 from torch import Tensor, nn
 
 from ddecode.codebook import nearest_code
-from ddecode.config import ObjectiveConfig, ScoreConfig
 from ddecode.flow import Codes
+from ddecode.objective_config import ObjectiveConfig, ScoreConfig
 from ddecode.objectives import score as score_module
 from ddecode.objectives.matching import TokenGuidance
 from ddecode.objectives.score import (

@@ -15,7 +15,6 @@ from safetensors.torch import load_file
 from tiny import L, make_teacher, seeded
 from torch import Tensor, nn
 
-from ddecode.config import TrainingConfig
 from ddecode.objectives.likelihood import LikelihoodObjective
 from ddecode.randomness import draw
 from ddecode.training import (
@@ -27,6 +26,7 @@ from ddecode.training import (
     train,
     update_average,
 )
+from ddecode.training_config import TrainingConfig
 
 CONFIG = TrainingConfig(steps=9, batch=4, lr=0.05, warmup_steps=2, weight_decay=0.1, log_every=1, save_every=3, seed=5)
 TRUTH = torch.tensor([1.0, -2.0, 0.5])

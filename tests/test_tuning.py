@@ -13,10 +13,10 @@ from tiny import make_scale_teacher, make_teacher, make_var_teacher, scramble, s
 from torch import Tensor, nn
 
 from ddecode.codebook import nearest_code
-from ddecode.config import TrainingConfig
 from ddecode.objectives.score import ARDiffusion, TuningObjective, noisy_codes, posterior_mean, velocity
 from ddecode.teacher import Recipe, Teacher
 from ddecode.training import train
+from ddecode.training_config import TrainingConfig
 from ddecode.trajectory import resolve
 
 TEACHERS = pytest.mark.parametrize("make", [make_teacher, make_var_teacher, make_scale_teacher])

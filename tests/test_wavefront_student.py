@@ -20,8 +20,9 @@ from torch.nn import functional as F
 
 from ddecode.checkpoint import ModelFolder
 from ddecode.codebook import nearest_code
-from ddecode.config import DistillConfig, ObjectiveConfig, read_config
+from ddecode.config import DistillConfig, read_config
 from ddecode.distillation import distill
+from ddecode.objective_config import ObjectiveConfig
 from ddecode.objectives.student import StudentObjective
 from ddecode.pairs import make_manifest, write_pairs
 from ddecode.pipeline import DistilledPipeline

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ddecode.checkpoint import ModelFolder
 from ddecode.cli.eval import open_judge
-from ddecode.config import TrainingConfig, as_dict
+from ddecode.config import as_dict
 from ddecode.evaluation.metrics import Gaussian, control_share, fit_gaussian, frechet_distance
 from ddecode.evaluation.zoo import Judge, permute_within_class
 from ddecode.images import to_uint8
@@ -25,6 +25,7 @@ from ddecode.pairs import Pairs
 from ddecode.randomness import fresh_weights, sample_generators
 from ddecode.teacher import Teacher, draw_noise
 from ddecode.training import train
+from ddecode.training_config import TrainingConfig
 
 KEPT = 512
 """Sequences at the end of the pairs that are kept for measuring the error; those before them train."""

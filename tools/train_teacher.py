@@ -19,12 +19,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ddecode.checkpoint import family_module, save_tensors
-from ddecode.config import TrainingConfig, as_dict, build, read_config
+from ddecode.config import as_dict, build, read_config
 from ddecode.locks import held
 from ddecode.objectives.likelihood import LikelihoodObjective
 from ddecode.own_images import ImageSamples, TokenSamples
 from ddecode.teacher import Recipe
 from ddecode.training import train
+from ddecode.training_config import TrainingConfig
 
 
 @dataclass(frozen=True, kw_only=True)

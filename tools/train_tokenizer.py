@@ -13,13 +13,14 @@ from pathlib import Path
 from fashion_mnist import DEFAULT_FOLDER, load_fashion_mnist
 
 from ddecode.checkpoint import family_module, save_tensors
-from ddecode.config import TrainingConfig, as_dict
+from ddecode.config import as_dict
 from ddecode.evaluation.features import features_folder, load_features
 from ddecode.locks import held
 from ddecode.objectives.reconstruction import CountedTokenizer, ReconstructionObjective
 from ddecode.own_images import ImageSamples
 from ddecode.randomness import fresh_weights
 from ddecode.training import train
+from ddecode.training_config import TrainingConfig
 from third_party_loaders.llamagen_tokenizer import VQConfig
 from third_party_loaders.var_tokenizer import MultiScaleVQConfig
 

@@ -17,9 +17,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ddecode.codebook import nearest_code
-from ddecode.config import ObjectiveConfig
 from ddecode.evaluation.features import FeatureMaps, FeatureNetwork, perceptual_gap
 from ddecode.flow import flow_grid, tokens_to_noise
+from ddecode.objective_config import ObjectiveConfig
 from ddecode.objectives.adversarial import Discriminator, adversarial_losses
 from ddecode.objectives.energy import RememberedEnergy, energy_distance, standardise
 from ddecode.objectives.matching import TokenMatching
