@@ -255,6 +255,7 @@ def distill_alone(config: DistillConfig, pairs_folder: Path, run: Path, *, resum
     preview = Preview(
         student, teacher, run / "previews", recipe=pairs.manifest.recipe, num_steps=made_with,
         seed=config.training.seed, guidance=None if score is None else score.guidance,
+        teacher_forcing=objective.teacher_forcing,
     )  # fmt: skip
     ema = train(
         weighted,

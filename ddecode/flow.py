@@ -199,13 +199,15 @@ def solve(noise_RC: Tensor, log_p_RV: Tensor, codes_XV: Tensor, grid: FlowGrid) 
     half, last = grid.num_steps // 2, grid.num_steps - 1
     z_RC = corrected_RC = noise_RC
     before_RC = torch.zeros_like(noise_RC)
-    ids_R = torch.empty(len(noise_RC), dtype=torch.int64, device=noise_RC.device)
-    alive_R = torch.arange(len(noise_RC), device=noise_RC.device)
+    ids_R = alive_R = None
     for k in range(grid.num_steps):
         weights_RA = codes.weights(z_RC, grid.s[k])
-        if half < k < last and (k - half) % max(1, half // 3) == 0:
+        if half < k < last - 1 and (k - half) % max(1, half // 3) == 0:
             best_R, weight_R = codes.ids(weights_RA), weights_RA.amax(-1)
-            ids_R[alive_R] = best_R
+            if ids_R is None or alive_R is None:
+                ids_R, alive_R = best_R, torch.arange(len(best_R), device=best_R.device)
+            else:
+                ids_R[alive_R] = best_R
             rows = (weight_R < 1 - SETTLED).nonzero().squeeze(1)
             if len(rows) == 0:
                 return ids_R
@@ -225,7 +227,10 @@ def solve(noise_RC: Tensor, log_p_RV: Tensor, codes_XV: Tensor, grid: FlowGrid) 
         # hardly a code leaves in the first half, but for those that top-k or top-p excluded before it
         if k == 0 or (k >= half and k % max(1, half // 4) == 0):
             codes = codes.narrowed(weights_RA)
-    ids_R[alive_R] = codes.ids(codes.scores(z_RC, grid.s[-1]))
+    best_R = codes.ids(codes.scores(z_RC, grid.s[-1]))
+    if ids_R is None or alive_R is None:
+        return best_R
+    ids_R[alive_R] = best_R
     return ids_R
 
 
@@ -300,6 +305,8 @@ class Codes:
 
     def scores(self, z_RC: Tensor, s: float) -> Tensor:
         """log w up to a constant per row: [R,A]."""
+        if s == 0:
+            return self.log_p_RA
         if self.ids_RA is None and self.log_p_RA.numel() < FEWEST_TO_AUGMENT:
             return torch.addmm(self.log_p_RA.add(self.codes[-1], alpha=s * s), z_RC, self.codes[:-1], alpha=s)
         point = torch.cat([s * z_RC, z_RC.new_full((len(z_RC), 1), s * s)], -1)

@@ -50,6 +50,7 @@ class Preview:
         num_steps: evaluations of the map, as in the pairs.
         seed: the run's. The noise comes from a stream of its own, which no pairs share.
         guidance: of a score term.
+        teacher_forcing: whether the student is trained by it; then losses are taken that way too.
     """
 
     def __init__(
@@ -62,7 +63,9 @@ class Preview:
         num_steps: int,
         seed: int,
         guidance: Guidance | None = None,
+        teacher_forcing: bool = False,
     ) -> None:
+        self.teacher_forcing = teacher_forcing
         self.student, self.teacher, self.folder, self.guidance = student, teacher, folder, guidance
         self.recipe, self.num_steps, self.seed = recipe, num_steps, seed
         self.columns = min(teacher.num_classes, COLUMNS)
@@ -133,7 +136,8 @@ class Preview:
         """Cross-entropy and accuracy of one pass over the kept sequences, with these weights in the student's place."""
 
         def errors(noise_BLC: Tensor, labels_B: Tensor, ids_BL: Tensor) -> Tensor:
-            prediction = functional_call(student, weights, (noise_BLC, labels_B, torch.zeros_like(labels_B)))
+            told = {"told_BL": ids_BL} if self.teacher_forcing else {}
+            prediction = functional_call(student, weights, (noise_BLC, labels_B, torch.zeros_like(labels_B)), told)
             logits_BLV = prediction.logits_BLV
             cross_entropy_BL = F.cross_entropy(logits_BLV.transpose(1, 2), ids_BL, reduction="none")
             right_BL = (logits_BLV.argmax(-1) == ids_BL).float()

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny import L, make_draft_student, make_student, make_teacher, make_var_teacher, seeded
+from tiny import L, make_draft_student, make_student, make_teacher, make_var_teacher, make_wavefront_student, seeded
 from torch.nn import functional as F
 
 from ddecode import previews
@@ -100,6 +100,17 @@ def test_losses_are_of_a_pass_from_noise_with_either_weights(teacher: Teacher, t
     assert len(metrics) == 4 and metrics["heldout_raw"] != metrics["heldout_ema"]
     assert student.training and all(p.requires_grad and p.grad is None for p in student.parameters())
     assert preview(average, 2).metrics == metrics
+
+
+def test_losses_of_a_student_that_is_trained_by_teacher_forcing_are_so_too(teacher: Teacher, tmp_path: Path) -> None:
+    student = make_wavefront_student(teacher)
+    preview = make_preview(student, teacher, tmp_path, teacher_forcing=True)
+    noise_NLC, labels_N, ids_NL = preview.kept
+    told = student(noise_NLC, labels_N, torch.zeros_like(labels_N), told_BL=ids_NL).logits_BLV
+    expected = F.cross_entropy(told.flatten(0, 1), ids_NL.flatten()).item()
+    assert preview(student, 1).metrics["heldout_ema"] == pytest.approx(expected, rel=1e-5)
+    own = make_preview(student, teacher, tmp_path)(student, 1).metrics["heldout_ema"]
+    assert own != pytest.approx(expected, rel=1e-3), "was told"
 
 
 def test_the_teacher_is_walked_once_and_not_before_the_first_preview(

@@ -23,7 +23,7 @@ from tiny import make_scale_teacher, make_student, make_teacher, make_var_teache
 from torch import Tensor, nn
 
 from ddecode.codebook import nearest_code
-from ddecode.flow import Codes
+from ddecode.flow import Codes, augmented
 from ddecode.objective_config import ObjectiveConfig, ScoreConfig
 from ddecode.objectives import score as score_module
 from ddecode.objectives.matching import TokenGuidance
@@ -104,7 +104,7 @@ def test_the_score_is_the_gradient_of_the_log_density(time: float) -> None:
 @pytest.mark.parametrize("time", TIMES[:5])
 def test_the_posterior_mean_is_that_of_the_noise_to_token_map(time: float) -> None:
     x, time_RBL, log_probs, codebook = problem(time)
-    rows = Codes.shared(codebook, log_probs.reshape(15, -1))
+    rows = Codes(log_p_RA=log_probs.reshape(15, -1), codes=augmented(codebook))
     z, s = x[0].reshape(15, -1) / time, (1 - time) / time
     mean = posterior_mean(x, time_RBL, log_probs, codebook)[0].reshape(15, -1)
     torch.testing.assert_close(mean, rows.mean(rows.weights(z, s)), atol=5e-4, rtol=1e-4)

@@ -85,6 +85,14 @@ ABLATIONS = {
         title="that, then DD1 + energy",
         overrides=("objective.energy=10", *SEEN, "training.lr=4.0e-4", "training.steps=120"), begins_from="first",
     ),
+    "wavefront": Ablation(
+        title="a wavefront along the teacher's tokens instead of DD1's student",
+        overrides=(
+            "student.split=null", "student.starts=[0, 32]", "student.wavefront=2", "student.draft_steps=4",
+            "objective.targets=probabilities", "objective.teacher_forcing=true", "objective.cache_gib=2.6",
+            "training.lr=3.0e-3", "training.steps=225",
+        ),
+    ),
     "fresh": Ablation(
         title="DD1, fresh noise",
         overrides=("objective.fresh_noise=true", "objective.cache_gib=4", "training.steps=250"),
