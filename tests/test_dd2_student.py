@@ -116,7 +116,7 @@ TUNED = {"logits": 0.0, "score": {"weight": 1.0, "tuning": {"steps": 1, "batch":
 @pytest.mark.parametrize(
     ("student", "objective", "told"),
     [
-        (DD2 | {"split": 3}, TUNED, "four kinds: give one"),
+        (DD2 | {"split": 3}, TUNED, "five kinds: give one"),
         (DD2 | {"diffusion_head": 0}, TUNED, "student.diffusion_head must be at least 1"),
         (DD2 | {"depth": 1}, TUNED, "student.initial: tuning is for a student with diffusion_head and all layers"),
         ({"initial": "tuning"}, TUNED, "student.initial: tuning is for a student with diffusion_head"),

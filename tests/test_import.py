@@ -36,7 +36,8 @@ def state():
 
 before = state()
 import ddecode
-light = [name for name in sys.modules if name.startswith(("third_party_loaders", "ddecode.cli", "ddecode.training"))]
+heavy = ("third_party_loaders", "ddecode.cli", "ddecode.training")
+light = [name for name in sys.modules if name in heavy or name.startswith(tuple(f"{package}." for package in heavy))]
 import importlib, pkgutil, third_party_loaders
 for package in (ddecode, third_party_loaders):
     for module in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
