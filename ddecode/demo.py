@@ -32,10 +32,10 @@ SHORT = "short"
 
 @dataclass(frozen=True, kw_only=True)
 class DemoSize:
-    """How much the demo does; the defaults take four to five minutes on two cores."""
+    """How much the demo does; the defaults take about five minutes on two cores."""
 
     pairs: int = 6000
-    steps: int = 240
+    steps: int = 180
     batch: int = 64
     samples: int = 1500
     repeats: int = 15
