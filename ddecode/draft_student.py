@@ -79,8 +79,6 @@ class DraftStudent(MappedStudent, ShiftedStudent):
     @torch.no_grad()
     def initialize_from(self, teacher: Teacher) -> None:
         super().initialize_from(teacher)
-        nn.init.normal_(self.noise_map.weight, std=0.02)
-        nn.init.zeros_(self.noise_map.bias)
         for draft_map in self.draft_maps:
             assert isinstance(draft_map, nn.Linear)
             nn.init.eye_(draft_map.weight)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ddecode.codebook import nearest_code
 from ddecode.student import Student
+from ddecode.teacher import Teacher
 from ddecode.types import Backbone, Condition, Tokenizer, step_ranges
 
 
@@ -39,6 +40,13 @@ class ShiftedStudent(Student):
         self.noise_map = nn.Linear(tokenizer.codebook_VC.shape[1], backbone.width)
         self.known = known_tokens(backbone.steps)
         """By input position behind the condition, the number of tokens it knows."""
+
+    @torch.no_grad()
+    def initialize_from(self, teacher: Teacher) -> None:
+        """See `Student.initialize_from`; noise counts for little at first."""
+        super().initialize_from(teacher)
+        nn.init.normal_(self.noise_map.weight, std=0.02)
+        nn.init.zeros_(self.noise_map.bias)
 
     def opening(self, sequence_BLC: Tensor, labels_B: Tensor, start_B: Tensor, stop: int) -> Opening:
         """The inputs of a pass that predicts the tokens before `stop`, or all of its AR step."""

@@ -143,8 +143,6 @@ class WavefrontStudent(MappedStudent, ShiftedStudent):
     @torch.no_grad()
     def initialize_from(self, teacher: Teacher) -> None:
         super().initialize_from(teacher)
-        nn.init.normal_(self.noise_map.weight, std=0.02)
-        nn.init.zeros_(self.noise_map.bias)
         nn.init.zeros_(self.token_map.weight)
         nn.init.eye_(self.token_map.weight[: self.backbone.width])
 

@@ -5,12 +5,15 @@ from pathlib import Path
 import pytest
 import torch
 from tiny import (
-    C,
     V,
+    all_at,
     distill_recipe,
     make_staggered_student,
     make_teacher,
     make_var_teacher,
+    partly,
+    random_ids,
+    random_noise,
     save_tiny,
     seeded,
     write_yaml,
@@ -40,26 +43,8 @@ def teacher() -> Teacher:
     return make_var_teacher()
 
 
-def noise_of_three(seed: int = 0) -> torch.Tensor:
-    return torch.randn(3, LENGTH, C, generator=seeded(seed))
-
-
-def random_ids(seed: int = 1) -> torch.Tensor:
-    return torch.randint(V, (3, LENGTH), generator=seeded(seed))
-
-
-def partly(student: StaggeredStudent, noise_BLC: torch.Tensor, start: int) -> torch.Tensor:
-    """A sequence with random tokens before `start`."""
-    codes = F.embedding(random_ids()[:, :start], student.codebook_VC)
-    return torch.cat([codes, noise_BLC[:, start:]], 1)
-
-
-def starts_at(start: int) -> torch.Tensor:
-    return torch.full((3,), start)
-
-
 def test_a_steps_tokens_add_up_to_what_the_teacher_reads(teacher: Teacher) -> None:
-    backbone, ids = teacher.backbone, random_ids()
+    backbone, ids = teacher.backbone, random_ids(LENGTH)
     total = backbone.blank_inputs().expand(3, -1, -1)
     for step, (begin, end) in enumerate(((0, 1), (1, 5))):
         added = backbone.added_inputs(ids[:, begin:end], step)
@@ -74,13 +59,13 @@ def test_a_steps_tokens_add_up_to_what_the_teacher_reads(teacher: Teacher) -> No
 def test_all_ways_to_emit_agree(exits: tuple[int, ...], joins: int) -> None:
     student = make_staggered_student(make_var_teacher(depth=exits[-1]), exits=exits, joins=joins)
     for start in (0, 5):
-        sequence = partly(student, noise_of_three(), start)
+        sequence = partly(student, random_noise(LENGTH), start)
         emitted = student.emit(sequence, LABELS, start, LENGTH)
         prediction = student.predict(sequence, LABELS, start)
         torch.testing.assert_close(prediction.embeddings_BLC[:, start:], emitted)
         ids = nearest_code(emitted, student.codebook_VC)
         assert torch.equal(prediction.logits_BLV[:, start:].argmax(-1), ids), "logits that say another token"
-        trained = student.emitted(student(sequence, LABELS, starts_at(start)), sequence)
+        trained = student.emitted(student(sequence, LABELS, all_at(start)), sequence)
         torch.testing.assert_close(trained[:, start:], emitted, atol=1e-5, rtol=1e-5)
         for stop in range(start + 1, LENGTH):  # the pass ends earlier
             part = student.emit(sequence, LABELS, start, stop)
@@ -92,7 +77,7 @@ def test_the_last_step_is_the_teachers_own_where_all_before_it_is_resolved() -> 
     teacher = make_var_teacher(recipe=make_teacher().recipe)
     student = make_staggered_student(teacher)
     student.initialize_from(teacher)
-    noise = noise_of_three()
+    noise = random_noise(LENGTH)
     ids = resolve(teacher, noise, LABELS, num_steps=student.num_steps)
     sequence = torch.cat([teacher.codebook_VC[ids[:, :5]], noise[:, 5:]], 1)
     emitted = student.emit(sequence, LABELS, 5, LENGTH)
@@ -102,29 +87,31 @@ def test_the_last_step_is_the_teachers_own_where_all_before_it_is_resolved() -> 
 def test_told_its_own_tokens_it_predicts_the_same(teacher: Teacher) -> None:
     student = make_staggered_student(teacher, joins=1)
     for start in (0, 5):
-        sequence = partly(student, noise_of_three(), start)
-        own = student(sequence, LABELS, starts_at(start)).logits_BLV
+        sequence = partly(student, random_noise(LENGTH), start)
+        own = student(sequence, LABELS, all_at(start)).logits_BLV
         codes = torch.cat([sequence[:, :start], student.emit(sequence, LABELS, start, LENGTH)], 1)
-        told = student(sequence, LABELS, starts_at(start), told_BL=nearest_code(codes, student.codebook_VC)).logits_BLV
+        told = student(sequence, LABELS, all_at(start), told_BL=nearest_code(codes, student.codebook_VC)).logits_BLV
         torch.testing.assert_close(own[:, start:], told[:, start:])
 
 
 def test_a_step_sees_the_tokens_before_it_and_nothing_else(teacher: Teacher) -> None:
-    student, ids = make_staggered_student(teacher), random_ids()
-    logits = student(noise_of_three(), LABELS, starts_at(0), told_BL=ids).logits_BLV
-    again = student(noise_of_three(7), LABELS, starts_at(0), told_BL=ids).logits_BLV
+    student, ids = make_staggered_student(teacher), random_ids(LENGTH)
+    logits = student(random_noise(LENGTH), LABELS, all_at(0), told_BL=ids).logits_BLV
+    again = student(random_noise(LENGTH, 7), LABELS, all_at(0), told_BL=ids).logits_BLV
     torch.testing.assert_close(logits, again, msg="saw noise where it is told")
     for begin, end in ((0, 1), (1, 5), (5, LENGTH)):
         other = ids.clone()
         other[:, begin:end] = (other[:, begin:end] + V // 2) % V
-        change = (student(noise_of_three(), LABELS, starts_at(0), told_BL=other).logits_BLV - logits).abs().amax((0, 2))
+        change = (
+            (student(random_noise(LENGTH), LABELS, all_at(0), told_BL=other).logits_BLV - logits).abs().amax((0, 2))
+        )
         assert not change[:end].any(), "saw its own step or a later one"
         assert end == LENGTH or change[end:].min() > 1e-4, "blind to an earlier step"
 
 
 def test_a_sample_does_not_depend_on_its_batch(teacher: Teacher) -> None:
     student = make_staggered_student(teacher, joins=1)
-    sequence, starts, ids = partly(student, noise_of_three(), 5), torch.tensor([0, 5, 5]), random_ids()
+    sequence, starts, ids = partly(student, random_noise(LENGTH), 5), torch.tensor([0, 5, 5]), random_ids(LENGTH)
     for told in (None, ids):
         whole = student(sequence, LABELS, starts, told).logits_BLV
         for i in range(3):
@@ -135,15 +122,15 @@ def test_a_sample_does_not_depend_on_its_batch(teacher: Teacher) -> None:
 
 
 def test_training_reaches_every_weight_and_regresses_along_the_pairs_tokens(teacher: Teacher) -> None:
-    student, ids = make_staggered_student(teacher, starts=(0,)), random_ids()
+    student, ids = make_staggered_student(teacher, starts=(0,)), random_ids(LENGTH)
     config = ObjectiveConfig(teacher_forcing=True)
-    loss, _ = StudentObjective(student, config)(noise_of_three(), ids, LABELS, generator=seeded(3))
+    loss, _ = StudentObjective(student, config)(random_noise(LENGTH), ids, LABELS, generator=seeded(3))
     loss.backward()
     for name, parameter in student.named_parameters():
         assert parameter.grad is not None and parameter.grad.abs().max() > 0, name
-    told = student(noise_of_three(), LABELS, starts_at(0), told_BL=ids).logits_BLV
+    told = student(random_noise(LENGTH), LABELS, all_at(0), told_BL=ids).logits_BLV
     assert loss.item() == pytest.approx(F.cross_entropy(told.flatten(0, 1), ids.flatten()).item(), rel=1e-5)
-    own, _ = StudentObjective(student, ObjectiveConfig())(noise_of_three(), ids, LABELS, generator=seeded(3))
+    own, _ = StudentObjective(student, ObjectiveConfig())(random_noise(LENGTH), ids, LABELS, generator=seeded(3))
     assert own.item() != pytest.approx(loss.item(), rel=1e-3), "was told"
 
 
@@ -185,7 +172,7 @@ def test_a_prediction_from_within_a_step_is_refused(teacher: Teacher) -> None:
     student = make_staggered_student(teacher)
     for start in (4, torch.tensor([0, 5, 4])):
         with pytest.raises(ValueError, match="each start must be the end of an AR step, got 4"):
-            student.predict(noise_of_three(), LABELS, start)
+            student.predict(random_noise(LENGTH), LABELS, start)
 
 
 def test_a_backbone_that_cannot_read_step_by_step_is_refused() -> None:

@@ -5,13 +5,16 @@ from pathlib import Path
 import pytest
 import torch
 from tiny import (
-    C,
     L,
     V,
+    all_at,
     distill_recipe,
     make_teacher,
     make_var_teacher,
     make_wavefront_student,
+    partly,
+    random_ids,
+    random_noise,
     save_tiny,
     seeded,
     write_yaml,
@@ -40,24 +43,6 @@ def teacher() -> Teacher:
     return make_teacher()
 
 
-def noise_of_three(seed: int = 0) -> torch.Tensor:
-    return torch.randn(3, L, C, generator=seeded(seed))
-
-
-def random_ids(seed: int = 1) -> torch.Tensor:
-    return torch.randint(V, (3, L), generator=seeded(seed))
-
-
-def partly(student: WavefrontStudent, noise_BLC: torch.Tensor, start: int) -> torch.Tensor:
-    """A sequence with random tokens before `start`."""
-    codes = F.embedding(random_ids()[:, :start], student.codebook_VC)
-    return torch.cat([codes, noise_BLC[:, start:]], 1)
-
-
-def all_at(place: int) -> torch.Tensor:
-    return torch.full((3,), place)
-
-
 def place(token: int, slope: int) -> int:
     return token % SIDE + slope * (token // SIDE)
 
@@ -83,7 +68,7 @@ def test_diagonals_hold_each_token_once_and_go_evenly_through_the_depth(
 def test_all_ways_to_emit_agree(teacher: Teacher, slope: int) -> None:
     student = make_wavefront_student(teacher, wavefront=slope)
     for start in (0, 8):
-        sequence = partly(student, noise_of_three(), start)
+        sequence = partly(student, random_noise(L), start)
         emitted = student.emit(sequence, LABELS, start, L)
         prediction = student.predict(sequence, LABELS, start)
         torch.testing.assert_close(prediction.embeddings_BLC[:, start:], emitted)
@@ -97,7 +82,7 @@ def test_all_ways_to_emit_agree(teacher: Teacher, slope: int) -> None:
 
 def test_a_first_pass_is_the_one_that_training_showed(teacher: Teacher) -> None:
     """The tokens before the second start have all of the depth to themselves, whoever asks for some of them."""
-    student, noise = make_wavefront_student(teacher), noise_of_three()
+    student, noise = make_wavefront_student(teacher), random_noise(L)
     assert student.passes == [(0, 8), (0, L), (8, L)]
     emitted = student.emit(noise, LABELS, 0, 8)
     logits = student(noise, LABELS, all_at(0), stop_B=all_at(8)).logits_BLV[:, :8]
@@ -113,7 +98,7 @@ def test_the_last_token_is_the_teachers_own_where_all_before_it_are_resolved() -
     student = make_wavefront_student(teacher)
     student.initialize_from(teacher)
     torch.nn.init.zeros_(student.mixer.out.weight)
-    noise = noise_of_three()
+    noise = random_noise(L)
     ids = resolve(teacher, noise, LABELS, num_steps=student.num_steps)
     sequence = torch.cat([teacher.codebook_VC[ids[:, :-1]], noise[:, -1:]], 1)
     emitted = student.emit(sequence, LABELS, L - 1, L)
@@ -123,7 +108,7 @@ def test_the_last_token_is_the_teachers_own_where_all_before_it_are_resolved() -
 def test_told_its_own_tokens_it_predicts_the_same(teacher: Teacher) -> None:
     student = make_wavefront_student(teacher)
     for start, stop in student.passes:
-        sequence = partly(student, noise_of_three(), start)
+        sequence = partly(student, random_noise(L), start)
         own = student(sequence, LABELS, all_at(start), stop_B=all_at(stop)).logits_BLV
         ids = student.tokens(sequence, own, student.num_steps)
         told = student(sequence, LABELS, all_at(start), ids, all_at(stop)).logits_BLV
@@ -132,7 +117,7 @@ def test_told_its_own_tokens_it_predicts_the_same(teacher: Teacher) -> None:
 
 @pytest.mark.parametrize("slope", [1, 2, SIDE])
 def test_neighbours_see_a_token_at_once_others_after_a_block_and_its_noise_all(teacher: Teacher, slope: int) -> None:
-    student, ids, noise = make_wavefront_student(teacher, wavefront=slope), random_ids(), noise_of_three()
+    student, ids, noise = make_wavefront_student(teacher, wavefront=slope), random_ids(L), random_noise(L)
     logits = student(noise, LABELS, all_at(0), ids).logits_BLV
 
     def seen_by(change_BLV: torch.Tensor) -> set[int]:
@@ -154,9 +139,9 @@ def test_neighbours_see_a_token_at_once_others_after_a_block_and_its_noise_all(t
 
 def test_a_sample_does_not_depend_on_its_batch(teacher: Teacher) -> None:
     student = make_wavefront_student(teacher)
-    starts, stops, ids = torch.tensor([0, 8, 0]), torch.tensor([8, L, L]), random_ids()
+    starts, stops, ids = torch.tensor([0, 8, 0]), torch.tensor([8, L, L]), random_ids(L)
     resolved = F.embedding(ids, student.codebook_VC)
-    sequence = torch.where((torch.arange(L) < starts[:, None])[..., None], resolved, noise_of_three())
+    sequence = torch.where((torch.arange(L) < starts[:, None])[..., None], resolved, random_noise(L))
     for told in (None, ids):
         whole = student(sequence, LABELS, starts, told, stops).logits_BLV
         for i in range(3):
@@ -168,11 +153,11 @@ def test_a_sample_does_not_depend_on_its_batch(teacher: Teacher) -> None:
 
 
 def test_training_reaches_every_weight_and_regresses_along_the_pairs_tokens(teacher: Teacher) -> None:
-    student, ids = make_wavefront_student(teacher), random_ids()
+    student, ids = make_wavefront_student(teacher), random_ids(L)
     objective = StudentObjective(student, ObjectiveConfig(teacher_forcing=True))
     shown, losses = set(), []
     for seed in range(6):
-        losses.append(objective(noise_of_three(), ids, LABELS, generator=seeded(seed))[0])
+        losses.append(objective(random_noise(L), ids, LABELS, generator=seeded(seed))[0])
         kinds = torch.randint(3, (3,), generator=seeded(seed)).tolist()
         passes = [student.passes[kind] for kind in kinds]
         shown |= set(passes)
@@ -180,7 +165,7 @@ def test_training_reaches_every_weight_and_regresses_along_the_pairs_tokens(teac
         position = torch.arange(L)
         counted = (position >= starts[:, None]) & (position < stops[:, None])
         codes = F.embedding(ids, student.codebook_VC)
-        sequence = torch.where(counted[..., None], noise_of_three(), codes)
+        sequence = torch.where(counted[..., None], random_noise(L), codes)
         logits = student(sequence, LABELS, starts, ids, stops).logits_BLV
         assert losses[-1].item() == pytest.approx(F.cross_entropy(logits[counted], ids[counted]).item(), rel=1e-5)
     assert shown == set(student.passes)

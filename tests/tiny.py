@@ -131,6 +131,27 @@ def make_wavefront_student(
     return student
 
 
+def random_noise(length: int, seed: int = 0) -> Tensor:
+    """Of three samples."""
+    return torch.randn(3, length, C, generator=seeded(seed))
+
+
+def random_ids(length: int, seed: int = 1) -> Tensor:
+    """The same of tokens."""
+    return torch.randint(V, (3, length), generator=seeded(seed))
+
+
+def partly(student: Student, noise_BLC: Tensor, start: int) -> Tensor:
+    """A sequence of random tokens before `start`, and this noise from there on."""
+    codes_BNC = student.codebook_VC[random_ids(student.length)[:, :start]]
+    return torch.cat([codes_BNC, noise_BLC[:, start:]], 1)
+
+
+def all_at(place: int) -> Tensor:
+    """The same place in all three."""
+    return torch.full((3,), place)
+
+
 def make_dd2_student(teacher: Teacher, *, seed: int = 0, starts: tuple[int, ...] = (0, 4)) -> DD2Student:
     """Of either family."""
     family = family_module(teacher.family)

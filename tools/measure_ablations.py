@@ -1,6 +1,6 @@
 """What each part of a distillation is worth: short runs that differ from one recipe in one thing, judged together.
 
-    .venv/bin/python tools/measure_ablations.py --out runs/ablations              # all: 80 minutes on 2 CPU cores
+    .venv/bin/python tools/measure_ablations.py --out runs/ablations              # all: 85 minutes on 2 CPU cores
     .venv/bin/python tools/measure_ablations.py --out runs/ablations --only dd1   # one, and the run it starts from
 
 The recipe is configs/fashion-llamagen-ablation.yaml. All rows have the same budget, six minutes of two cores: steps are

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from ddecode.codebook import nearest_code
 from ddecode.diffusion_head import DiffusionHead
-from ddecode.flow import centred
+from ddecode.flow import augmented, centred
 from ddecode.processes import mean_of_all, mean_of_processes
 from ddecode.randomness import draw
 from ddecode.teacher import Recipe, Teacher, forced_hidden, unroll
@@ -52,7 +52,7 @@ def posterior_mean(x_BLC: Tensor, time_BL: Tensor, log_probs_BLV: Tensor, codebo
     with torch.autocast(x_BLC.device.type, enabled=False):
         codes_VC = centred(codebook_VC)
         mean_C = codebook_VC.float().mean(0)
-        terms = torch.cat([codes_VC.T, -codes_VC.square().sum(-1)[None] / 2])
+        terms = augmented(codes_VC)
         t = time_BL.float()[..., None]
         s = (1 - t) / t
         points = torch.cat([s * (x_BLC.float() / t - s * mean_C), s.square()], -1)
