@@ -132,6 +132,15 @@ class DistillConfig:
             )
         if self.objective.teacher_forcing and self.student.exits is None and self.student.wavefront is None:
             raise ValueError("objective.teacher_forcing is for a student with student.exits or student.wavefront")
+        if self.objective.teacher_forcing and self.objective.fresh_noise and self.student.exits is not None:
+            raise ValueError(
+                "with objective.teacher_forcing a student with student.exits reads no noise: leave "
+                "objective.fresh_noise out"
+            )
+        if self.objective.own_prefix and len(self.student.starts) == 1:
+            raise ValueError(
+                "objective.own_prefix is what a pass from a second start begins with: student.starts has one"
+            )
         if self.student.diffusion_head is not None and self.objective.logits:
             raise ValueError(
                 "a student with student.diffusion_head has no logits: set objective.logits to 0; objective.embeddings "

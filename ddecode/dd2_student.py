@@ -71,7 +71,7 @@ class DD2Student(ShiftedStudent):
 
     @torch.no_grad()
     def initialize_from_tuned(self, backbone: nn.Module, head: DiffusionHead) -> None:
-        """Begin as DD2's first stage ended: backbone and head of `ddecode.objectives.score.ARDiffusion`."""
+        """Begin as DD2's first stage ended: backbone and head of `ddecode.objectives.guidance.ARDiffusion`."""
         assert isinstance(self.backbone, nn.Module)
         self.backbone.load_state_dict(backbone.state_dict())
         self.head.load_state_dict(head.state_dict())

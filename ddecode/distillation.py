@@ -19,10 +19,12 @@ from ddecode.files import read_tensors, write_aside
 from ddecode.labelled_images import LabelledImages
 from ddecode.locks import held
 from ddecode.objective_config import MatchingConfig
-from ddecode.objectives.matching import TokenGuidance, TokenMatching
+from ddecode.objectives.guidance import ARDiffusion, Guidance, TokenGuidance
+from ddecode.objectives.matching import TokenMatching
 from ddecode.objectives.positives import Positives, encode_images, read_positives
-from ddecode.objectives.score import ARDiffusion, Guidance, ScoreTerm, TuningObjective
+from ddecode.objectives.score import ScoreTerm
 from ddecode.objectives.student import StudentObjective
+from ddecode.objectives.tuning import TuningObjective
 from ddecode.pairs import ForcedPairs, Pairs
 from ddecode.previews import Preview
 from ddecode.processes import launch, meet, rank

@@ -17,6 +17,7 @@ B batch, L positions, R rows (positions of all samples), V codes, A active codes
 
 import math
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -40,12 +41,12 @@ FEWEST_TO_GATHER = 2048
 GATHERED_OVER_SHARED = 1
 """Rows get codes of their own once these hold at most this many numbers per weight of the full set: then no tensor is
 larger than the log-probabilities."""
-SCALE_TIMES_RADIUS = 1.0
-"""s at which the grid turns from even to logarithmic, for a codebook of radius 1: codes begin to stand out there."""
-LAST_TIMES_SPACING = 8.0
-"""Last s for a codebook of spacing 1: neighbours are then 8 standard deviations apart."""
-
-
+SCALE_TIMES_RADIUS = 3.0
+"""s at which the grid turns from even to logarithmic, for a codebook of radius and spacing 1: codes stand out there. In
+a wide codebook of close neighbours it has to turn earlier: by the square root of spacing over radius."""
+LAST_TIMES_SPACING = (4.0, 8.0)
+"""Last s for a codebook of spacing 1, at least and at most, between them the number of evaluations: neighbours are then
+as many standard deviations apart. Few evaluations are better spent before than on what hardly changes tokens."""
 MOST_STEPS = 10_000
 """16 are enough; beyond a few hundred only time changes."""
 
@@ -63,11 +64,14 @@ class FlowGrid:
     def num_steps(self) -> int:
         return len(self.s) - 1
 
-    def step(self, k: int) -> tuple[float, float]:
-        """Integrals over s from s_k to s_(k+1) of 1 and of (x - x_k) / (x_(k+1) - x_k)."""
-        start, stop = self.s[k], self.s[k + 1]
-        width = math.asinh(stop / self.scale) - math.asinh(start / self.scale)
-        return stop - start, stop - (math.hypot(stop, self.scale) - math.hypot(start, self.scale)) / width
+    @cached_property
+    def steps(self) -> tuple[tuple[float, float], ...]:
+        """Integrals over s from each s_k to s_(k+1) of 1 and of (x - x_k) / (x_(k+1) - x_k)."""
+        width = math.asinh(self.s[-1] / self.scale) / self.num_steps
+        root = [math.hypot(s, self.scale) for s in self.s]
+        return tuple(
+            (self.s[k + 1] - self.s[k], self.s[k + 1] - (root[k + 1] - root[k]) / width) for k in range(self.num_steps)
+        )
 
 
 def flow_grid(codebook_VC: Tensor, num_steps: int) -> FlowGrid:
@@ -91,8 +95,11 @@ def flow_grid(codebook_VC: Tensor, num_steps: int) -> FlowGrid:
     codes = centred(codebook_VC)
     radius = codes.square().sum(-1).mean().sqrt().item()
     spacing = closest_spacing(codes)
-    scale = SCALE_TIMES_RADIUS / radius if radius else 1.0
-    last = LAST_TIMES_SPACING / spacing if math.isfinite(spacing) else scale
+    scale, last = 1.0, 1.0  # where all codes are one
+    if math.isfinite(spacing):
+        scale = SCALE_TIMES_RADIUS / radius * math.sqrt(spacing / radius)
+        least, most = LAST_TIMES_SPACING
+        last = min(max(least, num_steps), most) / spacing
     width = math.asinh(last / scale) / num_steps
     s = tuple(scale * math.sinh(width * k) for k in range(num_steps + 1))
     return FlowGrid(scale=scale, s=s, codes_XV=augmented(codes))
@@ -215,14 +222,13 @@ def solve(noise_RC: Tensor, log_p_RV: Tensor, codes_XV: Tensor, grid: FlowGrid) 
                 alive_R, weights_RA, codes = alive_R[rows], weights_RA[rows], codes.of_rows(rows)
                 z_RC, corrected_RC, before_RC = z_RC[rows], corrected_RC[rows], before_RC[rows]
         drift_RC = codes.mean(weights_RA)
-        length, bend = grid.step(k)
+        length, bend = grid.steps[k]
         if k == 0:
             z_RC = corrected_RC.add(drift_RC, alpha=length)
         else:
-            change_RC = drift_RC - before_RC
-            last_length, last_bend = grid.step(k - 1)
-            corrected_RC = corrected_RC.add(before_RC, alpha=last_length).add(change_RC, alpha=last_bend)
-            z_RC = corrected_RC.add(drift_RC, alpha=length).add(change_RC, alpha=bend)
+            last_length, last_bend = grid.steps[k - 1]
+            corrected_RC = corrected_RC.add(before_RC, alpha=last_length - last_bend).add(drift_RC, alpha=last_bend)
+            z_RC = corrected_RC.add(before_RC, alpha=-bend).add(drift_RC, alpha=length + bend)
         before_RC = drift_RC
         # hardly a code leaves in the first half, but for those that top-k or top-p excluded before it
         if k == 0 or (k >= half and k % max(1, half // 4) == 0):
@@ -284,7 +290,7 @@ def run_back(z_RC: Tensor, codes: "Codes", grid: FlowGrid) -> Tensor:
     after_RC = codes.mean(codes.weights(z_RC, grid.s[-1]))
     change_RC = torch.zeros_like(z_RC)
     for k in reversed(range(grid.num_steps)):
-        length, bend = grid.step(k)
+        length, bend = grid.steps[k]
         predicted_RC = corrected_RC - length * after_RC - (length - bend) * change_RC
         drift_RC = codes.mean(codes.weights(predicted_RC, grid.s[k]))
         change_RC = drift_RC - after_RC

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-FEWEST_PRODUCTS = 1 << 20
+FEWEST_PRODUCTS = 1 << 19
 """With fewer multiplications, starting oneDNN takes longer than it saves."""
 
 

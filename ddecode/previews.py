@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from ddecode.files import write_aside
 from ddecode.images import grid, png, to_uint8
-from ddecode.objectives.score import Guidance
+from ddecode.objectives.guidance import Guidance
 from ddecode.pairs import noise_of
 from ddecode.plan import student_plan
 from ddecode.randomness import derived_seed

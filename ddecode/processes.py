@@ -112,6 +112,13 @@ def mean_of_all(total: Tensor, count: Tensor | int) -> Tensor:
     return world() * total / number.clamp(min=1)
 
 
+def mean_where(values_BL: Tensor, open_BL: Tensor, dim: int | None = None) -> Tensor:
+    """Mean over all processes' open positions (1, not 0), along one dimension or both; 0 where none is."""
+    if dim is None:
+        return mean_of_all((values_BL * open_BL).sum(), open_BL.sum())
+    return mean_of_all((values_BL * open_BL).sum(dim), open_BL.sum(dim))
+
+
 def mean_of_processes(value: Tensor) -> Tensor:
     """The mean of what processes have, without gradients."""
     whole = value.detach().clone()

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ddecode.codebook import nearest_code
 from ddecode.student import Student
@@ -27,7 +28,7 @@ class Opening:
     sequence_BNC: Tensor
     """The codes and noise that the positions see; N of them."""
     ids_BN: Tensor
-    """Of the same, the nearest codes."""
+    """Of the same, the codes' tokens, int64; where there is noise they mean nothing."""
     resolved_BN: Tensor
     """Of the same, bool: whether it is a code."""
 
@@ -56,7 +57,8 @@ class ShiftedStudent(Student):
         condition = backbone.condition(labels_B)
         sequence_BNC = sequence_BLC[:, :read]
         resolved_BN = torch.arange(read, device=start_B.device) < start_B[:, None]
-        ids_BN = nearest_code(sequence_BNC, self.codebook_VC)
+        most = min(int(start_B.max()), read)
+        ids_BN = F.pad(nearest_code(sequence_BNC[:, :most], self.codebook_VC), (0, read - most))
         inputs = torch.cat([condition.prefix_BPD, self.inputs(sequence_BNC, ids_BN, resolved_BN, start_B)], 1)
         return Opening(
             condition=condition,

@@ -11,7 +11,8 @@ from tiny import ScaleTokenizer, seeded
 from torch import Tensor, nn
 
 from ddecode.codebook import nearest_code
-from ddecode.objectives.score import ARDiffusion, posterior_mean, velocity
+from ddecode.objectives.guidance import ARDiffusion
+from ddecode.objectives.posterior import posterior_mean, velocity
 from ddecode.teacher import Recipe, Teacher
 from ddecode.types import Condition, KeyValueCache
 

@@ -13,7 +13,7 @@ from ddecode.checkpoint import ModelFolder
 from ddecode.codebook import nearest_code
 from ddecode.config import DistillConfig, build
 from ddecode.dd2_student import DD2Student
-from ddecode.objectives.score import ARDiffusion
+from ddecode.objectives.guidance import ARDiffusion
 from ddecode.pipeline import DistilledPipeline
 from ddecode.teacher import Teacher, forced_hidden
 

@@ -31,8 +31,9 @@ from ddecode.evaluation.features import FeatureNetwork
 from ddecode.files import read_tensors
 from ddecode.objectives import positives
 from ddecode.objectives.matching import TokenMatching
-from ddecode.objectives.score import ScoreTerm, TuningObjective
+from ddecode.objectives.score import ScoreTerm
 from ddecode.objectives.student import StudentObjective
+from ddecode.objectives.tuning import TuningObjective
 from ddecode.pairs import make_manifest, write_pairs
 from ddecode.pipeline import DistilledPipeline
 from ddecode.teacher import Recipe

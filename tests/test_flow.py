@@ -143,7 +143,7 @@ def test_linear_in_x_step_integrals() -> None:
     for k in range(8):
         s = torch.linspace(grid.s[k], grid.s[k + 1], 100001, dtype=torch.float64)
         x = torch.asinh(s / grid.scale)
-        length, bend = grid.step(k)
+        length, bend = grid.steps[k]
         assert length == pytest.approx(grid.s[k + 1] - grid.s[k])
         assert bend == pytest.approx(torch.trapezoid((x - x[0]) / (x[-1] - x[0]), s).item(), rel=1e-6)
 

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from ddecode.codebook import nearest_code
 from ddecode.objective_config import MatchingConfig, ObjectiveConfig
-from ddecode.objectives.matching import TokenGuidance, TokenMatching
-from ddecode.objectives.score import noisy_codes, posterior_mean
+from ddecode.objectives.guidance import TokenGuidance
+from ddecode.objectives.matching import TokenMatching
+from ddecode.objectives.posterior import noisy_codes, posterior_mean
 from ddecode.objectives.student import StudentObjective
 from ddecode.teacher import Recipe, Teacher
 from ddecode.trajectory import resolve

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from ddecode import previews
 from ddecode.config import PairsConfig, as_dict
 from ddecode.images import to_uint8
-from ddecode.objectives.score import ARDiffusion
+from ddecode.objectives.guidance import ARDiffusion
 from ddecode.pairs import make_manifest, noise_of
 from ddecode.pipeline import DistilledPipeline
 from ddecode.previews import Preview, emitted

@@ -25,21 +25,12 @@ from torch import Tensor, nn
 from ddecode.codebook import nearest_code
 from ddecode.flow import Codes, augmented
 from ddecode.objective_config import ObjectiveConfig, ScoreConfig
-from ddecode.objectives import score as score_module
-from ddecode.objectives.matching import TokenGuidance
-from ddecode.objectives.score import (
-    LEAST_TIME,
-    ARDiffusion,
-    Guidance,
-    ScoreTerm,
-    TuningObjective,
-    noisy_codes,
-    posterior_mean,
-    score,
-    score_identity,
-    velocity,
-)
+from ddecode.objectives import posterior
+from ddecode.objectives.guidance import ARDiffusion, Guidance, TokenGuidance
+from ddecode.objectives.posterior import LEAST_TIME, noisy_codes, posterior_mean, score, score_identity, velocity
+from ddecode.objectives.score import ScoreTerm
 from ddecode.objectives.student import StudentObjective
+from ddecode.objectives.tuning import TuningObjective
 from ddecode.teacher import Recipe, Teacher
 
 TIMES = (1.0, 0.9, 0.5, 0.1, 0.02, 1e-3)
@@ -113,7 +104,7 @@ def test_the_posterior_mean_is_that_of_the_noise_to_token_map(time: float) -> No
 def test_chunks_and_autocast_leave_the_posterior_mean_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     x, time_RBL, log_probs, codebook = problem(0.3)
     whole = posterior_mean(x, time_RBL, log_probs, codebook)
-    monkeypatch.setattr(score_module, "ROWS_TIMES_CODES", 4 * len(codebook))
+    monkeypatch.setattr(posterior, "ROWS_TIMES_CODES", 4 * len(codebook))
     chunked = posterior_mean(x, time_RBL, log_probs, codebook)
     torch.testing.assert_close(chunked, whole)
     with torch.autocast("cpu", torch.bfloat16):

@@ -189,7 +189,9 @@ def test_a_backbone_that_cannot_read_step_by_step_is_refused() -> None:
         ({"exits": [0, 1, 2], "joins": 2}, {}, "joins must be 0 or one of student.drafts or student.exits, got 2"),
         ({"exits": [0, 1, 2]}, {"teacher_forcing": True, "energy": 1.0}, "leaves nothing emitted to look at"),
         ({"exits": [0, 1, 2]}, {"teacher_forcing": True, "score": {"weight": 1.0}}, "leaves nothing emitted"),
+        ({"exits": [0, 1, 2]}, {"teacher_forcing": True, "fresh_noise": True}, "reads no noise: leave"),
         ({"exits": [0, 1, 2], "drafts": [1]}, {}, "five kinds: give one"),
+        ({"starts": [0], "exits": [0, 1, 2]}, {"own_prefix": 0.5, "energy": 1.0}, "student.starts has one"),
     ],
 )
 def test_recipes_that_ask_for_the_impossible_are_refused(

@@ -13,7 +13,9 @@ from tiny import make_scale_teacher, make_teacher, make_var_teacher, scramble, s
 from torch import Tensor, nn
 
 from ddecode.codebook import nearest_code
-from ddecode.objectives.score import ARDiffusion, TuningObjective, noisy_codes, posterior_mean, velocity
+from ddecode.objectives.guidance import ARDiffusion
+from ddecode.objectives.posterior import noisy_codes, posterior_mean, velocity
+from ddecode.objectives.tuning import TuningObjective
 from ddecode.teacher import Recipe, Teacher
 from ddecode.training import train
 from ddecode.training_config import TrainingConfig

@@ -1,6 +1,6 @@
 """What each part of a distillation is worth: short runs that differ from one recipe in one thing, judged together.
 
-    .venv/bin/python tools/measure_ablations.py --out runs/ablations              # all: 85 minutes on 2 CPU cores
+    .venv/bin/python tools/measure_ablations.py --out runs/ablations              # all: 95 minutes on 2 CPU cores
     .venv/bin/python tools/measure_ablations.py --out runs/ablations --only dd1   # one, and the run it starts from
 
 The recipe is configs/fashion-llamagen-ablation.yaml. All rows have the same budget, six minutes of two cores: steps are
@@ -146,9 +146,11 @@ def compare(models: dict[str, Path], *, num: int, seed: int) -> ZooResult:
     folder = ModelFolder.open(recipe.teacher)
     students = {name: ModelFolder.open(str(path)).student() for name, path in models.items()}
     pipe = DistilledPipeline.from_pretrained(recipe.teacher, others=students)
-    length, second = pipe.length, recipe.student.starts[1]
+    length = pipe.length
     texts = [f"{name}:0-{length}" for name in models]
-    texts += [f"{name}:0-{second},{name}:{second}-{length}" for name in models]
+    for name, student in students.items():
+        second = student.starts[1]
+        texts.append(f"{name}:0-{second},{name}:{second}-{length}")
     plans = {text: pipe.plan(plan=text) for text in texts}
     return evaluate(pipe, plans, open_judge(folder), model=recipe.teacher, num=num, seed=seed)
 

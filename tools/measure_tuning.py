@@ -20,7 +20,8 @@ from ddecode.config import as_dict
 from ddecode.evaluation.metrics import Gaussian, control_share, fit_gaussian, frechet_distance
 from ddecode.evaluation.zoo import Judge, permute_within_class
 from ddecode.images import to_uint8
-from ddecode.objectives.score import ARDiffusion, TuningObjective
+from ddecode.objectives.guidance import ARDiffusion
+from ddecode.objectives.tuning import TuningObjective
 from ddecode.pairs import Pairs
 from ddecode.randomness import fresh_weights, sample_generators
 from ddecode.teacher import Teacher, draw_noise

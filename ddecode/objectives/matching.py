@@ -8,85 +8,19 @@ is told, at each position and for each code, how much likelier it is under the g
 It is DD2's idea (arXiv 2510.21003: conditional scores, the prefix held fixed) without the noise levels, and that of
 distribution matching in discrete one-step generators (Di[M]O, arXiv 2503.15457), for teachers that read in order.
 
-B batch, L token positions, V codes, D model width.
+B batch, L token positions, V codes.
 """
-
-import dataclasses
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ddecode.flow import flow_grid
-from ddecode.objectives.score import Guidance, NoisyCodes, mean_where, posterior_mean
-from ddecode.teacher import Recipe, Teacher, filter_log_probs, forced_hidden, unroll
-from ddecode.trajectory import flow_pick
-from ddecode.types import Backbone, Condition
+from ddecode.objectives.guidance import TokenGuidance
+from ddecode.processes import mean_where
+from ddecode.teacher import Recipe, Teacher
 
 LEAST_LOG_PROB = -20.0
 """For metrics, in the place of what the teacher excludes."""
-
-
-class TokenGuidance(Guidance):
-    """An AR model of the tokens that a student emits in each of its passes.
-
-    What it says of noisy codes is exact for the probabilities that it has learned, so, unlike a network of velocities,
-    it has no first stage to go through before it serves in the score term.
-
-    Args:
-        backbone: trained; it reads and predicts tokens as the teacher does.
-        passes: how many kinds of pass there are; each gets a vector of its own beside the condition.
-    """
-
-    def __init__(self, backbone: Backbone, passes: int) -> None:
-        super().__init__()
-        assert isinstance(backbone, nn.Module)
-        self.backbone = backbone
-        self.passes = nn.Embedding(passes, backbone.width)
-        nn.init.zeros_(self.passes.weight)
-
-    @classmethod
-    def from_teacher(cls, teacher: Teacher, passes: int) -> "TokenGuidance":
-        """A copy of the teacher's backbone."""
-        return cls(teacher.trainable_backbone(), passes).to(teacher.device)
-
-    def forward(self, ids_BL: Tensor, labels: Any, pass_B: Tensor | None = None) -> Tensor:
-        """Logits fp32 [B,L,V], each position given the tokens of earlier AR steps; pass_B int64, None is 0 for all."""
-        condition = self.condition(labels, pass_B)
-        return self.backbone.logits(forced_hidden(self.backbone, ids_BL, condition), condition).float()
-
-    def condition(self, labels: Any, pass_B: Tensor | None) -> Condition:
-        """The backbone's, told the pass."""
-        condition = self.backbone.condition(labels)
-        prefix_BPD = condition.prefix_BPD
-        if pass_B is None:
-            pass_B = torch.zeros(len(prefix_BPD), dtype=torch.int64, device=prefix_BPD.device)
-        return dataclasses.replace(condition, prefix_BPD=prefix_BPD + self.passes(pass_B)[:, None].to(prefix_BPD.dtype))
-
-    def posterior_means(
-        self, ids_BL: Tensor, labels: Any, noisy: NoisyCodes, codebook_VC: Tensor, pass_B: Tensor | None = None
-    ) -> Tensor:
-        with torch.no_grad():
-            log_probs_BLV = self(ids_BL, labels, pass_B).log_softmax(-1)
-        return posterior_mean(noisy.x_RBLC, noisy.time_RBL, log_probs_BLV, codebook_VC)
-
-    def errors(
-        self, ids_BL: Tensor, labels: Any, codes_BLC: Tensor, noisy: NoisyCodes, pass_B: Tensor | None = None
-    ) -> Tensor:
-        """Cross-entropy of the tokens, in nats; it sees codes, and no noise."""
-        return F.cross_entropy(self(ids_BL, labels, pass_B).transpose(1, 2), ids_BL, reduction="none")
-
-    @torch.no_grad()
-    def sample(self, noise_BLC: Tensor, labels: Any, codebook_VC: Tensor, num_steps: int = 16) -> Tensor:
-        """By the exact noise-to-token map of what it has learned."""
-        condition = self.condition(labels, None)
-        pick = flow_pick(noise_BLC, codebook_VC, flow_grid(codebook_VC, num_steps))
-
-        def read(hidden_BND: Tensor, step: int, start: int) -> Tensor:
-            return pick(filter_log_probs(self.backbone.logits(hidden_BND, condition)), start)
-
-        return unroll(self.backbone, condition, read)
 
 
 class TokenMatching(nn.Module):

@@ -24,8 +24,8 @@ from ddecode.objectives.adversarial import Discriminator, adversarial_losses
 from ddecode.objectives.energy import RememberedEnergy, energy_distance, standardise
 from ddecode.objectives.matching import TokenMatching
 from ddecode.objectives.positives import Positives
-from ddecode.objectives.score import ScoreTerm, mean_where
-from ddecode.processes import any_of_all, mean_of_all, of_all, world
+from ddecode.objectives.score import ScoreTerm
+from ddecode.processes import any_of_all, mean_of_all, mean_where, of_all, world
 from ddecode.randomness import draw
 from ddecode.student import Student
 from ddecode.training import Objective
