@@ -5,6 +5,7 @@ stage of a score term), `positives/` (tokens of the images of an adversarial ter
 in the end, `model/`: tokenizer, teacher and student in our directory format, with the recipe.
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -185,7 +186,7 @@ def distill(
     """Train a student on pairs and write the model folder.
 
     Args:
-        config: the recipe.
+        config: the recipe. Where it asks for other pairs, the model's tells of those that were used.
         pairs_folder: made by `ddecode pairs` from the same teacher.
         run: the run's folder.
         resume: go on from its checkpoint.
@@ -218,6 +219,7 @@ def distill_alone(config: DistillConfig, pairs_folder: Path, run: Path, *, resum
     teacher = folder.teacher().to(launch().device)
     if pairs.shape != (teacher.length, teacher.codebook_VC.shape[1], teacher.num_classes):
         raise ValueError(f"{pairs_folder / 'manifest.json'} is damaged: its sizes are not the teacher's")
+    config = replace(config, pairs=pairs.manifest.as_config(teacher.recipe))  # those used, whatever it asked for
     student = make_student(folder, teacher, config)
     freeze(teacher.backbone, teacher.tokenizer)
     objective = config.objective

@@ -10,7 +10,7 @@ N samples of a shard, L token positions, C code width.
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -60,6 +60,13 @@ class Manifest:
 
     def identity(self) -> dict[str, Any]:
         return {key: value for key, value in as_dict(self).items() if key not in ("num", "teacher")}
+
+    def as_config(self, own: Recipe) -> PairsConfig:
+        """What made them; the teacher's own recipe is left out."""
+        values = {field.name: getattr(self, field.name) for field in fields(PairsConfig)}
+        if self.recipe == as_dict(own):
+            values["recipe"] = None
+        return build(PairsConfig, values, "manifest")
 
     @property
     def shards(self) -> int:

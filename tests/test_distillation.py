@@ -1,6 +1,7 @@
 """A recipe assembled: where the first weights come from, and DD2's two stages, stopped anywhere."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -252,6 +253,18 @@ def test_a_drafting_student_needs_pairs_of_its_own_map(model: Path, pairs: Path,
     with pytest.raises(ValueError, match=r"made with 8 evaluations .* set it to 8"):
         distill(config, pairs, tmp_path / "run", show_progress=False)
     assert not (tmp_path / "run").exists()
+
+
+def test_the_written_recipe_tells_of_the_pairs_that_were_used(model: Path, pairs: Path, tmp_path: Path) -> None:
+    recipe = recipe_of(model, tmp_path, "training.steps=1")
+
+    def written(config: DistillConfig, name: str) -> DistillConfig:
+        folder = distill(config, pairs, tmp_path / name, show_progress=False)
+        return read_config(folder / "recipe.yaml", DistillConfig)
+
+    assert written(recipe, "as-asked") == recipe
+    asked = replace(recipe.pairs, num=1000, seed=7, recipe=Recipe(guidance_scale=3.0))
+    assert written(replace(recipe, pairs=asked), "otherwise") == recipe
 
 
 @pytest.fixture

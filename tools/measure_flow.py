@@ -2,6 +2,7 @@
 
     OMP_NUM_THREADS=1 python tools/measure_flow.py accuracy     # share equal to a 600-step reference
     OMP_NUM_THREADS=1 python tools/measure_flow.py bias         # total variation between tokens and p
+    python tools/measure_flow.py teachers                       # the same in nats, of the bundled teachers' p
     OMP_NUM_THREADS=1 python tools/measure_flow.py time         # milliseconds a call
 
 Rows: the map as it is; the same with other grid ends; two-step Adams-Bashforth in s on a log-spaced grid, and Heun in
@@ -15,15 +16,18 @@ import time
 from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ddecode import flow
+from ddecode import flow, load_teacher
 from ddecode.flow import Codes, FlowGrid, augmented, centred, flow_grid, noise_to_tokens
 
 Solver = Callable[[Tensor, Tensor, Tensor, int], Tensor]
 SETTINGS = (4, 8, 16, 32)
+POSITIONS, DRAWS = 24, 8192
+"""Of a bundled teacher's probabilities, and of noise for each."""
 
 
 def random_rows(rows: int, V: int, spread: float) -> Tensor:
@@ -93,10 +97,12 @@ SOLVERS: dict[str, Solver] = {
 }
 
 
-def print_table(title: str, measure: Callable[[Solver, int], float]) -> None:
-    print(f"\n{title}\n{'':22}" + "".join(f"{n:>9}" for n in SETTINGS))
+def print_table(
+    title: str, measure: Callable[[Solver, int], float], settings: tuple[int, ...] = SETTINGS, digits: int = 4
+) -> None:
+    print(f"\n{title}\n{'':22}" + "".join(f"{n:>9}" for n in settings))
     for name, solver in SOLVERS.items():
-        print(f"{name:22}" + "".join(f"{measure(solver, n):9.4f}" for n in SETTINGS), flush=True)
+        print(f"{name:22}" + "".join(f"{measure(solver, n):9.{digits}f}" for n in settings), flush=True)
 
 
 def accuracy() -> None:
@@ -134,6 +140,35 @@ def bias() -> None:
             return 0.5 * (frequency - case[1][0].exp()).abs().sum().item()
 
         print_table(f"total variation: {name}", distance)
+
+
+def teachers() -> None:
+    """Of tokens that an evaluation or two too few send elsewhere, only what they do to frequencies counts: half of
+    chi-square, which is the divergence in nats where it is small, less what it would be by chance."""
+    for name in ("fashion-llamagen", "fashion-var"):
+        teacher = load_teacher(name)
+        recipe, labels = teacher.recipe, torch.arange(POSITIONS) % teacher.num_classes
+        generator = torch.Generator().manual_seed(3)
+        ids = teacher.generate(labels, guidance_scale=recipe.guidance_scale, generator=generator)
+        with torch.no_grad():
+            log_probs = teacher.log_probs(ids, labels, recipe)
+        log_p = log_probs[range(POSITIONS), torch.randint(teacher.length, (POSITIONS,), generator=generator)]
+        codes, V = teacher.codebook_VC, len(teacher.codebook_VC)
+        noise = torch.randn(DRAWS, codes.shape[1], generator=generator)
+
+        def run(solver: Solver, n: int, case: tuple[Tensor, ...] = (noise, log_p, codes)) -> Tensor:
+            return torch.stack([solver(case[0], row.expand(DRAWS, -1), case[2], n) for row in case[1]])
+
+        fine = run(with_grid(1.5, 12), 64)
+
+        def nats(solver: Solver, n: int, case: tuple[Tensor, ...] = (fine, log_p), run: Any = run, V: int = V) -> float:
+            total = 0.0
+            for ours, theirs, p in zip(run(solver, n), case[0], case[1].double().exp(), strict=True):
+                gone, come = (torch.bincount(ids[ours != theirs], minlength=V).double() for ids in (theirs, ours))
+                total += (((come - gone).square() - come - gone) / (DRAWS**2 * p))[p * DRAWS >= 2].sum().item() / 2
+            return total / POSITIONS
+
+        print_table(f"nats a token: {name}", nats, (4, 5, 6, 8, 16), 5)
 
 
 def milliseconds(call: Callable[[], object], repeats: int) -> float:
@@ -181,5 +216,5 @@ def timing() -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("table", choices=["accuracy", "bias", "time"])
-    {"accuracy": accuracy, "bias": bias, "time": timing}[parser.parse_args().table]()
+    parser.add_argument("table", choices=["accuracy", "bias", "teachers", "time"])
+    {"accuracy": accuracy, "bias": bias, "teachers": teachers, "time": timing}[parser.parse_args().table]()
