@@ -35,7 +35,7 @@ SETTLED = 1e-5
 FEW_ENOUGH_TO_SHRINK = 0.7
 """Finished rows leave once at most this share is unfinished: copying the rest costs about one evaluation."""
 FEWEST_TO_AUGMENT = 1 << 16
-"""With fewer weights the number of operations costs more than their size."""
+"""With fewer weights operations cost more than their size."""
 FEWEST_TO_GATHER = 2048
 """With fewer codes, giving each row its own costs more than it saves."""
 GATHERED_OVER_SHARED = 1
@@ -171,10 +171,13 @@ def tokens_of(noise_BLC: Tensor, log_probs_BLV: Tensor, grid: FlowGrid) -> Tenso
     B, L, C = noise_BLC.shape
     V = log_probs_BLV.shape[2]
     codes_XV = grid.codes_XV.to(noise_BLC.device)
-    ids_BL = torch.empty(B, L, dtype=torch.int64, device=noise_BLC.device)
     rows = max(1, ROWS_TIMES_CODES // V)
     samples = max(1, rows // max(L, 1))
+    ids_BL = torch.empty(B, L, dtype=torch.int64, device=noise_BLC.device)
     with torch.autocast(noise_BLC.device.type, enabled=False):
+        if rows >= B * L:
+            flat = noise_BLC.float().reshape(-1, C), log_probs_BLV.float().reshape(-1, V)
+            return solve(*flat, codes_XV, grid).view(B, L)
         for first in range(0, B, samples):
             for left in range(0, L, rows):
                 part = slice(first, first + samples), slice(left, left + rows)
@@ -309,12 +312,22 @@ class Codes:
     ids_RA: Tensor | None = None
     """None if shared."""
 
+    @cached_property
+    def few(self) -> bool:
+        """Whether operations cost more than their size."""
+        return self.ids_RA is None and self.log_p_RA.numel() < FEWEST_TO_AUGMENT
+
+    @cached_property
+    def vectors(self) -> Tensor:
+        """[C,V], of shared codes."""
+        return self.codes[:-1]
+
     def scores(self, z_RC: Tensor, s: float) -> Tensor:
         """log w up to a constant per row: [R,A]."""
         if s == 0:
             return self.log_p_RA
-        if self.ids_RA is None and self.log_p_RA.numel() < FEWEST_TO_AUGMENT:
-            return torch.addmm(self.log_p_RA.add(self.codes[-1], alpha=s * s), z_RC, self.codes[:-1], alpha=s)
+        if self.few:
+            return torch.addmm(self.log_p_RA.add(self.codes[-1], alpha=s * s), z_RC, self.vectors, alpha=s)
         point = torch.cat([s * z_RC, z_RC.new_full((len(z_RC), 1), s * s)], -1)
         if self.ids_RA is None:
             return linear(point, self.codes.T).add_(self.log_p_RA)
@@ -326,8 +339,10 @@ class Codes:
 
     def mean(self, weights_RA: Tensor) -> Tensor:
         """D: [R,C]."""
+        if self.few:
+            return torch.mm(weights_RA, self.vectors.T)
         if self.ids_RA is None:
-            return linear(weights_RA, self.codes[:-1])
+            return linear(weights_RA, self.vectors)
         return (weights_RA[:, None] @ self.codes).squeeze(1)[:, :-1]
 
     def of_rows(self, rows: Tensor) -> "Codes":

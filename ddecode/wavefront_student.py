@@ -13,7 +13,7 @@ divergence of all that the student emits, by the chain rule. What is lost is wha
 of one diagonal know of each other that their noise does not tell.
 
 B batch, L token positions, N tokens of one diagonal, S of them that others read, R their readers, V codes, D model
-width.
+width, X what a token adds to all its readers: D for each offset.
 """
 
 from collections.abc import Iterator
@@ -30,6 +30,9 @@ from ddecode.processes import any_of_all, world
 from ddecode.shifted_student import ShiftedStudent
 from ddecode.teacher import Teacher
 from ddecode.types import Backbone, Prediction, Tokenizer
+
+LARGEST_TABLE = 1 << 22
+"""Numbers in a table of what each code adds: 16 MiB."""
 
 
 class WavefrontStudent(MappedStudent, ShiftedStudent):
@@ -62,6 +65,7 @@ class WavefrontStudent(MappedStudent, ShiftedStudent):
         self.offsets = (1, self.side - 1, self.side)
         """From a token to those that read it at once: the next one, and the two below and to the left of it."""
         self._schedules: dict[tuple[int, int, torch.device], list[Diagonal]] = {}
+        self._table: tuple[list[tuple[int, int]], Tensor | None] = [], None
         width = backbone.width
         self.token_map = Linear(width, len(self.offsets) * width, bias=False)
         """Of what a settled token adds to each of its readers."""
@@ -135,7 +139,8 @@ class WavefrontStudent(MappedStudent, ShiftedStudent):
     def emit(self, sequence_BLC: Tensor, labels_B: Tensor, start: int, stop: int) -> Tensor:
         """The map's codes. The pass is the shortest that training knew and that reaches so far."""
         end = next(end for end in (*self.starts, self.length) if end >= stop)
-        found = [(tokens_N, ids_BN) for tokens_N, _, ids_BN in self.walk(sequence_BLC, labels_B, start, end)]
+        passed = self.walk(sequence_BLC, labels_B, start, end, table_VX=self.table())
+        found = [(tokens_N, ids_BN) for tokens_N, _, ids_BN in passed]
         order = torch.cat([tokens_N for tokens_N, _ in found]).argsort()
         ids_BN = torch.cat([ids_BN for _, ids_BN in found], 1)[:, order]
         return F.embedding(ids_BN[:, : stop - start], self.codebook_VC)
@@ -146,10 +151,41 @@ class WavefrontStudent(MappedStudent, ShiftedStudent):
         nn.init.zeros_(self.token_map.weight)
         nn.init.eye_(self.token_map.weight[: self.backbone.width])
 
+    @torch.no_grad()
+    def table(self) -> Tensor | None:
+        """What each code adds to its readers, [V,X], kept for as long as the weights are the same: diagonals are small,
+        and to read `token_map` for each takes longer than to work with it.
+
+        None in training, where it would be large, and where a token's input vector is not the same at all positions.
+        """
+        weights = list(self.parameters())
+        V, X = len(self.codebook_VC), len(self.token_map.weight)
+        if self.training or V * X > LARGEST_TABLE or any(weight.is_inference() for weight in weights):
+            return None
+        key = [(weight.data_ptr(), weight._version) for weight in weights]
+        if self._table[0] != key:
+            codes_V = torch.arange(V, device=self.device)
+            with torch.autocast(self.device.type, enabled=False):
+                one_LD = self.backbone.token_inputs(codes_V.new_zeros(1, self.length))[0]
+                alike = bool((one_LD == one_LD[:1]).all())
+                table_VX = self.token_map(self.backbone.token_inputs(codes_V[:, None]))[:, 0] if alike else None
+            self._table = key, table_VX
+        return self._table[1]
+
     def walk(
-        self, sequence_BLC: Tensor, labels_B: Tensor, start: int, end: int, told_BL: Tensor | None = None
+        self,
+        sequence_BLC: Tensor,
+        labels_B: Tensor,
+        start: int,
+        end: int,
+        told_BL: Tensor | None = None,
+        table_VX: Tensor | None = None,
     ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """One pass from `start` to `end`.
+
+        Args:
+            told_BL: see `forward`.
+            table_VX: see `table`.
 
         Yields:
             For each diagonal its tokens' positions int64 [N], their logits fp32 [B,N,V], and the tokens as settled,
@@ -174,9 +210,13 @@ class WavefrontStudent(MappedStudent, ShiftedStudent):
             senders_S = diagonal.senders_S
             if not len(senders_S):
                 continue
-            ids_BN = ids_BN.index_copy(1, senders_S, settled_BN[:, : len(senders_S)])
-            added_BSD = self.token_map(backbone.token_inputs(ids_BN)[:, senders_S])
-            added_BRD = added_BSD.unflatten(-1, (len(self.offsets), -1)).flatten(1, 2)[:, diagonal.sources_R]
+            sent_BS = settled_BN[:, : len(senders_S)]
+            if table_VX is None:
+                ids_BN = ids_BN.index_copy(1, senders_S, sent_BS)
+                added_BSX = self.token_map(backbone.token_inputs(ids_BN)[:, senders_S])
+            else:
+                added_BSX = F.embedding(sent_BS, table_VX)
+            added_BRD = added_BSX.unflatten(-1, (len(self.offsets), -1)).flatten(1, 2)[:, diagonal.sources_R]
             added_BRD = (added_BRD * self.gains[exit]).to(hidden.dtype)
             hidden = hidden.index_add(1, first + diagonal.readers_R, added_BRD)
 

@@ -21,6 +21,7 @@ from tiny import (
 )
 from torch.nn import functional as F
 
+from ddecode import wavefront_student
 from ddecode.checkpoint import ModelFolder
 from ddecode.codebook import nearest_code
 from ddecode.config import DistillConfig, read_config
@@ -209,3 +210,40 @@ def test_a_slope_beside_another_kind_is_refused(tmp_path: Path) -> None:
     tree = distill_recipe(tmp_path) | {"student": {"wavefront": 2, "drafts": [1]}}
     with pytest.raises(ValueError, match="five kinds: give one"):
         read_config(write_yaml(tmp_path / "recipe.yaml", tree), DistillConfig)
+
+
+@torch.no_grad()
+def test_a_table_of_what_codes_add_follows_the_weights_and_is_left_out_of_training(
+    teacher: Teacher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    student = make_wavefront_student(teacher).eval()
+    noise, ids = random_noise(L), torch.arange(V)[None]
+
+    def emitted_without() -> torch.Tensor:
+        with monkeypatch.context() as patch:
+            patch.setattr(wavefront_student, "LARGEST_TABLE", 0)
+            assert student.table() is None
+            return student.emit(noise, LABELS, 0, L)
+
+    before = student.table()
+    assert before is not None and student.table() is before
+    torch.testing.assert_close(before, student.token_map(student.backbone.token_inputs(ids))[0])
+    torch.testing.assert_close(student.emit(noise, LABELS, 0, L), emitted_without())
+    for weight in (student.token_map.weight, student.backbone.tok_embeddings.weight):
+        weight.mul_(-2)
+        after = student.table()
+        assert after is not None and not torch.equal(after, before)
+        torch.testing.assert_close(student.emit(noise, LABELS, 0, L), emitted_without())
+    assert student.train().table() is None
+
+
+def test_no_table_where_a_tokens_input_depends_on_its_position(
+    teacher: Teacher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    student = make_wavefront_student(teacher).eval()
+    plain = student.backbone.token_inputs
+    monkeypatch.setattr(
+        student.backbone, "token_inputs", lambda ids_BN: plain(ids_BN) + torch.arange(ids_BN.shape[1])[:, None]
+    )
+    assert student.table() is None
+    assert student.emit(random_noise(L), LABELS, 0, L).isfinite().all()
