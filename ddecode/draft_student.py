@@ -89,22 +89,23 @@ class DraftStudent(MappedStudent, ShiftedStudent):
         backbone = self.backbone
         opening = self.opening(sequence_BLC, labels_B, start_B, wanted.stop)
         condition, whole, first = opening.condition, opening.inputs_BND, opening.first
-        ids_BN, read = opening.ids_BN, opening.ids_BN.shape[1]
+        ids_BN, seen = opening.ids_BN, opening.ids_BN.shape[1]
+        read = self.reader()
         joins = self.joins if whole.shape[1] - first == self.length else 0
-        hidden = whole[:, : first + read] if joins else whole
+        hidden = whole[:, : first + seen] if joins else whole
         logits, done = [], 0
         for after, draft_map in zip(self.drafts, self.draft_maps, strict=True):
             hidden = backbone.hidden(hidden, condition, blocks=range(done, after))
-            logits.append(backbone.logits(hidden[:, first : first + read], condition))
+            logits.append(read(hidden[:, first : first + seen], condition))
             with torch.no_grad():
                 drafted_BN = self.tokens(opening.sequence_BNC, logits[-1], self.draft_steps)
                 ids_BN = torch.where(opening.resolved_BN, ids_BN, drafted_BN)
             if after == joins:
-                hidden = torch.cat([hidden, whole[:, first + read :]], 1)
+                hidden = torch.cat([hidden, whole[:, first + seen :]], 1)
             known_BMD = backbone.token_inputs(ids_BN)
             fed_BMD = draft_map(known_BMD[:, : known_BMD.shape[1] - whole.shape[1] + hidden.shape[1]])
             hidden = hidden + F.pad(fed_BMD, (0, 0, hidden.shape[1] - fed_BMD.shape[1], 0))
             done = after
         hidden = backbone.hidden(hidden, condition, blocks=range(done, backbone.depth))
         wanted_BND = hidden[:, first + wanted.start : first + wanted.stop]
-        return [*logits, backbone.logits(wanted_BND, condition)]
+        return [*logits, read(wanted_BND, condition)]

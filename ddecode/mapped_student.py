@@ -9,13 +9,15 @@ position sees, and their best tokens keep the teacher's variance.
 B batch, L token positions, N positions of one call, V codes, C code width.
 """
 
+from collections.abc import Callable
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ddecode.flow import FlowGrid, flow_grid, tokens_of
 from ddecode.student import Student, straight_through
-from ddecode.types import Backbone, Labels, Prediction, Tokenizer
+from ddecode.types import Backbone, Condition, Labels, Prediction, Tokenizer
 
 
 class MappedStudent(Student):
@@ -53,6 +55,24 @@ class MappedStudent(Student):
         halfway = self.grid(self.num_steps).s[self.num_steps // 2]
         scores_BLV = bridge_scores(sequence_BLC, codes_BLC, logits_BLV, codebook_VC, halfway)
         return straight_through(ids_BL, torch.softmax(scores_BLV, -1), codebook_VC)
+
+    def head(self) -> list[nn.Parameter]:
+        """What half precision leaves in fp32: logits that are rounded send part of the noise to other tokens, and each
+        of these moves those that are read after it."""
+        parameters = getattr(self.backbone, "head_parameters", list)
+        return list(parameters())
+
+    def reader(self) -> Callable[[Tensor, Condition], Tensor]:
+        """Hidden vectors and condition to logits fp32, in fp32 where only `head` is."""
+        head, logits = self.head(), self.backbone.logits
+        if not head or head[0].dtype == self.indicator.weight.dtype:
+            return logits
+
+        def read(hidden_BND: Tensor, condition: Condition) -> Tensor:
+            with torch.autocast(self.device.type, enabled=False):
+                return logits(hidden_BND.float(), condition)
+
+        return read
 
     def tokens(self, noise_BNC: Tensor, logits_BNV: Tensor, num_steps: int) -> Tensor:
         """int64 [B,N]: each position's noise through the map."""

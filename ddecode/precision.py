@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ddecode.mapped_student import MappedStudent
 from ddecode.student import Student
 from ddecode.teacher import Teacher
 from ddecode.types import Tokenizer
@@ -35,9 +36,11 @@ def dtype_of(module: nn.Module | None) -> torch.dtype | None:
 
 
 def cast(module: nn.Module, dtype: torch.dtype) -> None:
-    """Cast a module's parameters. Its buffers, rotary factors and the like, are exact in fp32 alone and stay so."""
+    """Cast a module's parameters. Its buffers, rotary factors and the like, are exact in fp32 alone and stay so, and so
+    does the head of a student that leaves the tokens to the map."""
+    exact = {id(parameter) for parameter in module.head()} if isinstance(module, MappedStudent) else set()
     for parameter in module.parameters():
-        parameter.data = parameter.data.to(dtype)
+        parameter.data = parameter.data.to(torch.float32 if id(parameter) in exact else dtype)
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[Any]:

@@ -134,7 +134,7 @@ class StaggeredStudent(MappedStudent):
             Logits fp32 [B,N,V] of the tokens wanted and of the rest of the last one's AR step, and the tokens int64
             [B,N] of all steps before that.
         """
-        backbone, most = self.stepped, int(start_B.max())
+        backbone, read, most = self.stepped, self.reader(), int(start_B.max())
         condition = backbone.condition(labels_B)
         known_M = torch.tensor(self.known, device=start_B.device)
         inputs_BMD = backbone.blank_inputs() + self.indicator((known_M <= start_B[:, None]).long())
@@ -154,7 +154,7 @@ class StaggeredStudent(MappedStudent):
             hidden = backbone.hidden(hidden, condition, blocks=range(done, exit))
             done = exit
             if begin >= wanted.start:
-                logits.append(backbone.logits(hidden[:, first + begin : first + end], condition))
+                logits.append(read(hidden[:, first + begin : first + end], condition))
                 if end >= wanted.stop:
                     break
                 if told_BL is None:

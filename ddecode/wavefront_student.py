@@ -191,7 +191,7 @@ class WavefrontStudent(MappedStudent, ShiftedStudent):
             For each diagonal its tokens' positions int64 [N], their logits fp32 [B,N,V], and the tokens as settled,
             int64 [B,N].
         """
-        backbone = self.backbone
+        backbone, read = self.backbone, self.reader()
         opening = self.opening(sequence_BLC, labels_B, torch.full_like(labels_B, start), end)
         condition, hidden, first, ids_BN = opening.condition, opening.inputs_BND, opening.first, opening.ids_BN
         done = 0
@@ -200,7 +200,7 @@ class WavefrontStudent(MappedStudent, ShiftedStudent):
             if exit > done:
                 hidden = backbone.hidden(hidden, condition, blocks=range(done, exit))
                 done = exit
-            logits_BNV = backbone.logits(self.mixer(hidden[:, first + tokens_N]), condition)
+            logits_BNV = read(self.mixer(hidden[:, first + tokens_N]), condition)
             if told_BL is None:
                 with torch.no_grad():
                     settled_BN = self.tokens(sequence_BLC[:, tokens_N], logits_BNV, self.num_steps)

@@ -120,7 +120,7 @@ def test_a_run_leaves_its_recipe_for_info_cards_and_the_hub(model: Path, tmp_pat
     assert run("distill", "--config", recipe, "--pairs", pairs, "--out", tmp_path / "run", *training) == 0
     folder = tmp_path / "run" / "model"
     assert sorted(tree_of(folder)) == ["config.json", "model.safetensors", "recipe.yaml"]
-    config = read_config(recipe, DistillConfig, training)
+    config = read_config(recipe, DistillConfig, [*training, "pairs.num=4"])
     assert read_config(folder / "recipe.yaml", DistillConfig) == config and config.expected == expected
 
     capsys.readouterr()

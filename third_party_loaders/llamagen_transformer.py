@@ -330,5 +330,9 @@ class LlamaGenTransformer(nn.Module):
             allowed = (allowed & real_BS[:, None, :]) | itself
         return allowed[:, None]
 
+    def head_parameters(self) -> list[nn.Parameter]:
+        """What `logits` reads."""
+        return [*self.norm.parameters(), *self.output.parameters()]
+
     def logits(self, hidden_BND: Tensor, condition: Condition) -> Tensor:
         return self.output(self.norm(hidden_BND)).float()

@@ -329,6 +329,10 @@ class VARTransformer(nn.Module):
         itself = torch.arange(seen, stop, device=key_1N.device)[:, None] == torch.arange(stop, device=key_1N.device)
         return (query_N1 > key_1N) | itself
 
+    def head_parameters(self) -> list[nn.Parameter]:
+        """What `logits` reads."""
+        return list(self.head.parameters())
+
     def logits(self, hidden_BND: Tensor, condition: Condition) -> Tensor:
         scale_B1D, shift_B1D = condition.modulation[-1].unbind(2)
         return self.head(modulate(hidden_BND, scale_B1D, shift_B1D)).float()
