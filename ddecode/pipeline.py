@@ -203,9 +203,9 @@ class DistilledPipeline:
         """Move all models, cast their networks, or both; returns itself.
 
         Half precision is that of the parameters of networks and decoder and, by autocast, of all passes and of
-        decoding. Encoder, codebook, noise, probabilities and the noise-to-token map stay fp32. A network that is then
-        called by itself needs an autocast around it. `pipe.tokenizer.decoder.to(torch.bfloat16)` casts the decoder
-        alone: the tokens are then those of fp32.
+        decoding. Encoder, codebook, noise, probabilities and the noise-to-token map stay fp32, and so does the head of
+        a student that leaves the tokens to the map. A network that is then called by itself needs an autocast around
+        it. `pipe.tokenizer.decoder.to(torch.bfloat16)` casts the decoder alone: the tokens are then those of fp32.
 
         Args:
             places: a device, a dtype, or both in either order.
