@@ -173,11 +173,11 @@ def tokens_of(noise_BLC: Tensor, log_probs_BLV: Tensor, grid: FlowGrid) -> Tenso
     codes_XV = grid.codes_XV.to(noise_BLC.device)
     rows = max(1, ROWS_TIMES_CODES // V)
     samples = max(1, rows // max(L, 1))
-    ids_BL = torch.empty(B, L, dtype=torch.int64, device=noise_BLC.device)
     with torch.autocast(noise_BLC.device.type, enabled=False):
         if rows >= B * L:
             flat = noise_BLC.float().reshape(-1, C), log_probs_BLV.float().reshape(-1, V)
             return solve(*flat, codes_XV, grid).view(B, L)
+        ids_BL = torch.empty(B, L, dtype=torch.int64, device=noise_BLC.device)
         for first in range(0, B, samples):
             for left in range(0, L, rows):
                 part = slice(first, first + samples), slice(left, left + rows)

@@ -112,6 +112,9 @@ class Backbone(Protocol):
 
     A pass reads the P vectors of `condition` followed by the vectors that the tokens make known. The predictions of
     the L tokens stand at the last L positions of a whole pass. Tokens of one AR step never see each other's outcome.
+
+    A method `head_parameters` may name what `logits` works with: in a student that leaves its tokens to the
+    noise-to-token map, half precision leaves these in fp32.
     """
 
     steps: tuple[int, ...]
