@@ -44,9 +44,9 @@ larger than the log-probabilities."""
 SCALE_TIMES_RADIUS = 3.0
 """s at which the grid turns from even to logarithmic, for a codebook of radius and spacing 1: codes stand out there. In
 a wide codebook of close neighbours it has to turn earlier: by the square root of spacing over radius."""
-LAST_TIMES_SPACING = (4.0, 8.0)
-"""Last s for a codebook of spacing 1, at least and at most, between them the number of evaluations: neighbours are then
-as many standard deviations apart. Few evaluations are better spent before than on what hardly changes tokens."""
+LAST_TIMES_SPACING = 8.0
+"""Last s for a codebook of spacing 1: close neighbours are then as many standard deviations apart. Fewer than seven
+evaluations are better spent before than on what hardly changes tokens; they end at one more than they are."""
 MOST_STEPS = 10_000
 """16 are enough; beyond a few hundred only time changes."""
 
@@ -56,21 +56,28 @@ class FlowGrid:
     """Where D is evaluated: s = scale * sinh(x) at num_steps + 1 even x from 0; the token is read at the last."""
 
     scale: float
-    s: tuple[float, ...]
+    last: float
+    """The last s."""
+    num_steps: int
     codes_XV: Tensor = field(repr=False, compare=False)
     """What D reads of the codebook: the centred codes, `augmented`, fp32."""
 
     @property
-    def num_steps(self) -> int:
-        return len(self.s) - 1
+    def width(self) -> float:
+        """Of a step in x."""
+        return math.asinh(self.last / self.scale) / self.num_steps
+
+    @cached_property
+    def s(self) -> tuple[float, ...]:
+        return tuple(self.scale * math.sinh(self.width * k) for k in range(self.num_steps + 1))
 
     @cached_property
     def steps(self) -> tuple[tuple[float, float], ...]:
         """Integrals over s from each s_k to s_(k+1) of 1 and of (x - x_k) / (x_(k+1) - x_k)."""
-        width = math.asinh(self.s[-1] / self.scale) / self.num_steps
         root = [math.hypot(s, self.scale) for s in self.s]
         return tuple(
-            (self.s[k + 1] - self.s[k], self.s[k + 1] - (root[k + 1] - root[k]) / width) for k in range(self.num_steps)
+            (self.s[k + 1] - self.s[k], self.s[k + 1] - (root[k + 1] - root[k]) / self.width)
+            for k in range(self.num_steps)
         )
 
 
@@ -98,11 +105,8 @@ def flow_grid(codebook_VC: Tensor, num_steps: int) -> FlowGrid:
     scale, last = 1.0, 1.0  # where all codes are one
     if math.isfinite(spacing):
         scale = SCALE_TIMES_RADIUS / radius * math.sqrt(spacing / radius)
-        least, most = LAST_TIMES_SPACING
-        last = min(max(least, num_steps), most) / spacing
-    width = math.asinh(last / scale) / num_steps
-    s = tuple(scale * math.sinh(width * k) for k in range(num_steps + 1))
-    return FlowGrid(scale=scale, s=s, codes_XV=augmented(codes))
+        last = min(num_steps + 1, LAST_TIMES_SPACING) / spacing
+    return FlowGrid(scale=scale, last=last, num_steps=num_steps, codes_XV=augmented(codes))
 
 
 def centred(codebook_VC: Tensor) -> Tensor:

@@ -36,7 +36,8 @@ class StaggeredStudent(MappedStudent):
         starts: as for every student; each the end of an AR step.
         exits: for each AR step, the number of blocks after which its tokens are read, rising; the last is all.
         joins: number of blocks that the positions of the last AR step leave out, 0 or one of `exits`. No other
-            position reads them, and in VAR they are up to half of all.
+            position reads them, and in VAR they are up to half of all. A pass over that step alone leaves out none:
+            there it is the teacher's own.
         num_steps: evaluations of the map.
 
     Raises:
@@ -134,7 +135,7 @@ class StaggeredStudent(MappedStudent):
             Logits fp32 [B,N,V] of the tokens wanted and of the rest of the last one's AR step, and the tokens int64
             [B,N] of all steps before that.
         """
-        backbone, read, most = self.stepped, self.reader(), int(start_B.max())
+        backbone, read, least, most = self.stepped, self.reader(), int(start_B.min()), int(start_B.max())
         condition = backbone.condition(labels_B)
         known_M = torch.tensor(self.known, device=start_B.device)
         inputs_BMD = backbone.blank_inputs() + self.indicator((known_M <= start_B[:, None]).long())
@@ -146,8 +147,9 @@ class StaggeredStudent(MappedStudent):
         prefix, reach = condition.prefix_BPD.shape[1], self.reach(wanted.stop)
         first = prefix + len(known_M) - self.length  # of hidden: where the first token is read off
         there = first + reach - prefix  # of the inputs: how many take part
-        joins = self.joins if reach == self.length else 0
-        now = there - backbone.steps[-1] if joins else there
+        last = self.ranges[-1][0]
+        joins = self.joins if reach == self.length and least < last else 0
+        now = there - backbone.steps[-1] if joins and most < last else there
         hidden = torch.cat([condition.prefix_BPD, inputs_BMD[:, :now]], 1)
         settled, logits, done = [nearest_code(sequence_BLC[:, : wanted.start], self.codebook_VC)], [], 0
         for step, ((begin, end), exit) in enumerate(zip(self.ranges, self.exits, strict=True)):
@@ -163,12 +165,16 @@ class StaggeredStudent(MappedStudent):
                 else:
                     settled.append(told_BL[:, begin:end])
                 added_BND = self.added(settled[-1], step, start_B < end)
-                if now < there:  # some have yet to join
+                if exit <= joins:  # some have yet to join
                     inputs_BMD = add_last(inputs_BMD, added_BND)
                 seen = added_BND.shape[1] - len(known_M) + now  # of those that read them, how many are there
                 hidden = add_last(hidden, self.token_maps[step](added_BND[:, :seen]))
             if joins and exit == joins:
-                hidden, now = torch.cat([hidden, inputs_BMD[:, now:]], 1), there
+                stay = prefix + there - backbone.steps[-1]
+                joining_BND = inputs_BMD[:, stay - prefix : there]
+                if now == there:  # in the other samples they were there from the beginning
+                    joining_BND = torch.where((start_B < last)[:, None, None], joining_BND, hidden[:, stay:])
+                hidden, now = torch.cat([hidden[:, :stay], joining_BND], 1), there
         return torch.cat(logits, 1), torch.cat(settled, 1)
 
     def added(self, ids_BN: Tensor, step: int, counted_B: Tensor) -> Tensor:

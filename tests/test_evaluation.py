@@ -1,5 +1,6 @@
 """Metrics against closed forms, and the `zoo` protocol on tiny models."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -11,7 +12,14 @@ from tiny import C, L, make_pipeline, seeded
 
 from ddecode.checkpoint import zoo_folder
 from ddecode.evaluation.features import FeatureNetwork, load_features, perceptual_distance
-from ddecode.evaluation.metrics import Gaussian, control_share, fit_gaussian, frechet_distance, intra_class_variance
+from ddecode.evaluation.metrics import (
+    Gaussian,
+    control_share,
+    fit_gaussian,
+    frechet_distance,
+    intra_class_variance,
+    jackknife_error,
+)
 from ddecode.evaluation.results import as_json
 from ddecode.evaluation.zoo import Judge, evaluate, judged, permute_within_class, table
 from ddecode.pipeline import DistilledPipeline
@@ -60,6 +68,29 @@ def test_a_gaussian_has_the_unbiased_covariance() -> None:
 def test_control_share() -> None:
     assert control_share(student=3.0, floor=1.0, control=11.0) == pytest.approx(0.2)
     assert control_share(1.0, 1.0, 11.0) == 0 and control_share(11.0, 1.0, 11.0) == 1
+
+
+@pytest.mark.parametrize("shift", [0.0, 0.5])
+def test_the_jackknife_tells_the_spread_of_a_frechet_distance(shift: float) -> None:
+    """Against the standard deviation over 100 draws: true where two sets differ, at most 1.4 times that where not."""
+    rng = np.random.default_rng(0)
+
+    def distance(a_NF: np.ndarray, b_NF: np.ndarray) -> float:
+        return frechet_distance(fit_gaussian(a_NF), fit_gaussian(b_NF))
+
+    draws = [(rng.normal(shift, size=(200, 8)), rng.normal(size=(200, 8))) for _ in range(100)]
+    spread = np.std([distance(*draw) for draw in draws], ddof=1)
+    told = np.mean([jackknife_error(distance, *draw) for draw in draws])
+    assert 0.8 * spread < told < 1.7 * spread, "beyond what 100 draws can tell"
+
+
+def test_the_jackknife_of_a_mean_is_its_standard_error() -> None:
+    numbers = np.random.default_rng(0).normal(size=(60, 1))
+    told = jackknife_error(lambda set_NF: float(set_NF.mean()), numbers, groups=60 // 2)
+    pairs = numbers.reshape(30, 2).mean(1)
+    assert told == pytest.approx(pairs.std(ddof=1) / 30**0.5)
+    with pytest.raises(ValueError, match="needs 2 groups and 2 samples in each, got 31 of 60 samples"):
+        jackknife_error(np.mean, numbers, groups=31)
 
 
 def test_intra_class_variance_does_not_see_the_gap_between_classes() -> None:
@@ -142,6 +173,7 @@ def test_the_protocol_measures_teacher_control_and_plans(pipe: DistilledPipeline
     assert list(rows) == ["teacher", "control", "1", "teacher:0-16"]
     assert rows["teacher"].control_share == pytest.approx(0, abs=1e-9)
     assert rows["control"].control_share == pytest.approx(1)
+    assert rows["1"].control_share_error > 0 and rows["control"].control_share_error == pytest.approx(0, abs=1e-9)
     assert (rows["teacher"].network_evaluations, rows["1"].network_evaluations) == (16, 1)
     assert rows["teacher:0-16"].frechet != rows["teacher"].frechet, "seeds are apart"
     assert all(row.frechet > 0 and 0 <= row.accuracy <= 1 and row.variance > 0 for row in rows.values())
@@ -153,6 +185,12 @@ def test_the_protocol_measures_teacher_control_and_plans(pipe: DistilledPipeline
     assert facts["labels"] == "balanced, 12 of each of 4 classes" and facts["reference_hash"] == judge.hash
     assert facts["feature_hash"] == judge.hash and len(facts["rows"]) == 4
     assert len(table(results[0]).splitlines()) == 2 + 4
+
+
+def test_all_plans_begin_at_the_same_noise(pipe: DistilledPipeline, judge: Judge) -> None:
+    plans = {"0": pipe.plan(plan="teacher:0-4,student:4-16"), "1": pipe.plan(1), "again": pipe.plan(1)}
+    *_, one, again = evaluate(pipe, plans, judge, model="tiny", num=8, show_progress=False).rows
+    assert one == dataclasses.replace(again, plan="1") and one.control_share_error is None
 
 
 def test_without_a_teacher_figures_against_it_are_absent(pipe: DistilledPipeline, judge: Judge) -> None:

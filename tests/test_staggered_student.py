@@ -72,10 +72,11 @@ def test_all_ways_to_emit_agree(exits: tuple[int, ...], joins: int) -> None:
             torch.testing.assert_close(part, emitted[:, : stop - start], atol=1e-5, rtol=1e-5)
 
 
-def test_the_last_step_is_the_teachers_own_where_all_before_it_is_resolved() -> None:
+@pytest.mark.parametrize("joins", [0, 1])
+def test_the_last_step_is_the_teachers_own_where_all_before_it_is_resolved(joins: int) -> None:
     """It goes through all blocks then, so a student fresh from its teacher, without guidance, gives its tokens."""
     teacher = make_var_teacher(recipe=make_teacher().recipe)
-    student = make_staggered_student(teacher)
+    student = make_staggered_student(teacher, joins=joins)
     student.initialize_from(teacher)
     noise = random_noise(LENGTH)
     ids = resolve(teacher, noise, LABELS, num_steps=student.num_steps)

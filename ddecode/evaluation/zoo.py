@@ -12,7 +12,9 @@ for others what `ddecode.own_teacher` made of all their images. Four figures for
 * label accuracy: the share of samples that the classifier gives their label, where there is more than one;
 * intra-class variance of the features, as a share of the teacher's.
 
-S, T, T' and P have seeds apart. N samples, L token positions, F feature width.
+S, T, T' and P have seeds apart; the samples of all plans begin at the same noise.
+
+N samples, L token positions, F feature width.
 """
 
 import hashlib
@@ -32,7 +34,14 @@ from ddecode.arguments import LARGEST_SEED, check_kind, check_pictures, check_wh
 from ddecode.config import as_dict
 from ddecode.evaluation.blocks import NOT_KEPT, Block, Blocks, counted, joined, progress_bar
 from ddecode.evaluation.features import FeatureNetwork, load_features
-from ddecode.evaluation.metrics import Gaussian, control_share, fit_gaussian, frechet_distance, intra_class_variance
+from ddecode.evaluation.metrics import (
+    Gaussian,
+    control_share,
+    fit_gaussian,
+    frechet_distance,
+    intra_class_variance,
+    jackknife_error,
+)
 from ddecode.evaluation.results import Result, label_balance, versions_of
 from ddecode.files import read_tensors, write_aside
 from ddecode.images import ROUNDING, to_uint8
@@ -44,6 +53,10 @@ from ddecode.samples import batches_of, weights_hash
 NUM = 5000
 PERMUTED = 1
 """The stream of T', whose tokens the control permutes."""
+PLANNED = 4
+"""The stream of S, the same for all plans, so that they differ by what they are and less by what they drew."""
+GROUPS = 20
+"""Of samples, for the standard error of E."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +71,8 @@ class ZooRow:
     """`frechet` over the teacher's."""
     control_share: float | None
     """E, as a fraction."""
+    control_share_error: float | None
+    """Its standard error, see `jackknife_error`: 0 for T' and P, whose E is fixed; None too for under 40 samples."""
     accuracy: float | None
     """None where there is one class."""
     variance: float | None
@@ -153,7 +168,7 @@ def evaluate(
         judge: feature network and real statistics.
         model: its name, for the record.
         num: samples of each set; at least 2 for each class.
-        seed: sets of one seed never share noise.
+        seed: the teacher's sets and the plans' never share noise.
         blocks: what is kept of an evaluation that was stopped.
 
     Raises:
@@ -193,7 +208,6 @@ def evaluate(
         return look(plan, stream, see, batches_of(num, batch))
 
     teacher: Seen | None = None
-    floor = control = 0.0
     if pipe.teacher is not None:
         whole = pipe.plan("teacher")
         teacher = seen_of(draw(whole, 0), labels_N)
@@ -202,15 +216,16 @@ def evaluate(
         permuted = permute_within_class(torch.from_numpy(tokens["embeddings"]), labels_N, derived_seed(seed, 2))
         chunks = permuted.to(pipe.device).split(batch)
         control_seen = seen_of(look(whole, 2, partial(judged, judge, pipe), chunks), labels_N)
-        floor = frechet_distance(other.gaussian, teacher.gaussian)
-        control = frechet_distance(control_seen.gaussian, teacher.gaussian)
 
     def row(name: str, seen: Seen) -> ZooRow:
         frechet = frechet_distance(seen.gaussian, judge.real)
-        share = ratio = variance = None
+        share = error = ratio = variance = None
         if teacher is not None:
             ratio = frechet / frechet_distance(teacher.gaussian, judge.real)
-            share = control_share(frechet_distance(seen.gaussian, teacher.gaussian), floor, control)
+            sets_NF = [each.features_NF for each in (seen, teacher, other, control_seen)]
+            share = share_of(*sets_NF)
+            if num >= 2 * GROUPS:
+                error = jackknife_error(share_of, *sets_NF, groups=GROUPS)
             variance = intra_class_variance(seen.features_NF, labels_N) / intra_class_variance(
                 teacher.features_NF, labels_N
             )
@@ -220,6 +235,7 @@ def evaluate(
             frechet=frechet,
             ratio=ratio,
             control_share=share,
+            control_share_error=error,
             accuracy=seen.accuracy,
             variance=variance,
         )
@@ -227,9 +243,9 @@ def evaluate(
     rows = []
     if teacher is not None:
         rows += [row("teacher", other), row("control", control_seen)]
-    for stream, (name, plan) in enumerate(plans.items(), start=3):
+    for name, plan in plans.items():
         if name != "teacher":
-            rows.append(row(name, seen_of(draw(plan, stream), labels_N)))
+            rows.append(row(name, seen_of(draw(plan, PLANNED), labels_N)))
     return ZooResult(
         protocol="zoo",
         model=model,
@@ -260,6 +276,12 @@ def seen_of(whole: Block, labels_N: np.ndarray) -> Seen:
     )
 
 
+def share_of(plan_NF: np.ndarray, teacher_NF: np.ndarray, other_NF: np.ndarray, control_NF: np.ndarray) -> float:
+    """E, of the features of S, T, T' and P."""
+    whole = fit_gaussian(teacher_NF)
+    return control_share(*(frechet_distance(fit_gaussian(each), whole) for each in (plan_NF, other_NF, control_NF)))
+
+
 def permute_within_class(embeddings_NLC: Tensor, labels_N: np.ndarray, seed: int) -> Tensor:
     """The control P: at every position, the tokens of a class change owners independently."""
     rng = np.random.default_rng(seed)
@@ -275,7 +297,7 @@ def table(result: ZooResult) -> str:
     """The rows for people."""
     lines = [
         f"protocol zoo, n {result.num} a set, seed {result.seed}, features {result.feature_hash}",
-        f"{'plan':34} {'passes':>6} {'FD real':>8} {'ratio':>6} {'E':>8} {'accuracy':>8} {'variance':>8}",
+        f"{'plan':34} {'passes':>6} {'FD real':>8} {'ratio':>6} {'E':>8} {'±':>6} {'accuracy':>8} {'variance':>8}",
     ]
 
     def cell(value: float | None, form: str) -> str:
@@ -285,6 +307,7 @@ def table(result: ZooResult) -> str:
         passes = str(row.network_evaluations or "-")
         lines.append(
             f"{row.plan:34} {passes:>6} {row.frechet:8.3f} {cell(row.ratio, '.2f'):>6} "
-            f"{cell(row.control_share, '.2%'):>8} {cell(row.accuracy, '.2%'):>8} {cell(row.variance, '.3f'):>8}"
+            f"{cell(row.control_share, '.2%'):>8} {cell(row.control_share_error, '.2%'):>6} "
+            f"{cell(row.accuracy, '.2%'):>8} {cell(row.variance, '.3f'):>8}"
         )
     return "\n".join(lines)
