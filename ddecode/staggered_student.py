@@ -149,7 +149,8 @@ class StaggeredStudent(MappedStudent):
         there = first + reach - prefix  # of the inputs: how many take part
         last = self.ranges[-1][0]
         joins = self.joins if reach == self.length and least < last else 0
-        now = there - backbone.steps[-1] if joins and most < last else there
+        stay = there - backbone.steps[-1] if joins else there  # how many leave no block out
+        now = stay if most < last else there
         hidden = torch.cat([condition.prefix_BPD, inputs_BMD[:, :now]], 1)
         settled, logits, done = [nearest_code(sequence_BLC[:, : wanted.start], self.codebook_VC)], [], 0
         for step, ((begin, end), exit) in enumerate(zip(self.ranges, self.exits, strict=True)):
@@ -170,11 +171,10 @@ class StaggeredStudent(MappedStudent):
                 seen = added_BND.shape[1] - len(known_M) + now  # of those that read them, how many are there
                 hidden = add_last(hidden, self.token_maps[step](added_BND[:, :seen]))
             if joins and exit == joins:
-                stay = prefix + there - backbone.steps[-1]
-                joining_BND = inputs_BMD[:, stay - prefix : there]
-                if now == there:  # in the other samples they were there from the beginning
-                    joining_BND = torch.where((start_B < last)[:, None, None], joining_BND, hidden[:, stay:])
-                hidden, now = torch.cat([hidden[:, :stay], joining_BND], 1), there
+                joining_BND = inputs_BMD[:, stay:there]
+                if now > stay:  # in the samples that begin with the last step they are there already
+                    joining_BND = torch.where((start_B < last)[:, None, None], joining_BND, hidden[:, prefix + stay :])
+                hidden, now = torch.cat([hidden[:, : prefix + stay], joining_BND], 1), there
         return torch.cat(logits, 1), torch.cat(settled, 1)
 
     def added(self, ids_BN: Tensor, step: int, counted_B: Tensor) -> Tensor:

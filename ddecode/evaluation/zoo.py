@@ -186,7 +186,8 @@ def evaluate(
     if num < 2 * pipe.num_classes:
         raise ValueError(f"--num must be at least {2 * pipe.num_classes}, two for each class, got {num}")
     labels_N = np.arange(num) % pipe.num_classes
-    sets, begun = len(plans) + (3 if pipe.teacher is not None else 0), count(1)
+    drawn = {name: plan for name, plan in plans.items() if name != "teacher"}
+    sets, begun = len(drawn) + (3 if pipe.teacher is not None else 0), count(1)
 
     def look(plan: Plan, stream: int, see: Callable[[Any], Block], pieces: Iterable[Any]) -> Block:
         def identity() -> dict[str, Any]:
@@ -243,9 +244,7 @@ def evaluate(
     rows = []
     if teacher is not None:
         rows += [row("teacher", other), row("control", control_seen)]
-    for name, plan in plans.items():
-        if name != "teacher":
-            rows.append(row(name, seen_of(draw(plan, PLANNED), labels_N)))
+    rows += [row(name, seen_of(draw(plan, PLANNED), labels_N)) for name, plan in drawn.items()]
     return ZooResult(
         protocol="zoo",
         model=model,
