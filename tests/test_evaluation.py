@@ -188,9 +188,15 @@ def test_the_protocol_measures_teacher_control_and_plans(pipe: DistilledPipeline
 
 
 def test_all_plans_begin_at_the_same_noise(pipe: DistilledPipeline, judge: Judge) -> None:
-    plans = {"0": pipe.plan(plan="teacher:0-4,student:4-16"), "1": pipe.plan(1), "again": pipe.plan(1)}
-    *_, one, again = evaluate(pipe, plans, judge, model="tiny", num=8, show_progress=False).rows
-    assert one == dataclasses.replace(again, plan="1") and one.control_share_error is None
+    plans = {"mixed": pipe.plan(plan="teacher:0-4,student:4-16"), "1": pipe.plan(1), "again": pipe.plan(1)}
+    *_, mixed, one, again = evaluate(pipe, plans, judge, model="tiny", num=40, show_progress=False).rows
+    assert one == dataclasses.replace(again, plan="1")
+    assert one.versus_first == pytest.approx(one.control_share - mixed.control_share) != 0
+    assert one.versus_first_error > 0 and (mixed.versus_first, mixed.versus_first_error) == (None, None)
+    *_, one, again = evaluate(
+        pipe, {"1": plans["1"], "again": plans["1"]}, judge, model="tiny", num=8, show_progress=False
+    ).rows
+    assert (again.versus_first, again.versus_first_error, again.control_share_error) == (0, None, None)
 
 
 def test_without_a_teacher_figures_against_it_are_absent(pipe: DistilledPipeline, judge: Judge) -> None:

@@ -73,6 +73,10 @@ class ZooRow:
     """E, as a fraction."""
     control_share_error: float | None
     """Its standard error, see `jackknife_error`: 0 for T' and P, whose E is fixed; None too for under 40 samples."""
+    versus_first: float | None
+    """E less that of the first plan asked for, None for that one; much of what both drew is gone from it."""
+    versus_first_error: float | None
+    """Its standard error."""
     accuracy: float | None
     """None where there is one class."""
     variance: float | None
@@ -218,18 +222,24 @@ def evaluate(
         chunks = permuted.to(pipe.device).split(batch)
         control_seen = seen_of(look(whole, 2, partial(judged, judge, pipe), chunks), labels_N)
 
-    def row(name: str, seen: Seen) -> ZooRow:
+    def row(name: str, seen: Seen, first: Seen | None = None) -> ZooRow:
         frechet = frechet_distance(seen.gaussian, judge.real)
-        share = error = ratio = variance = None
+        share = ratio = variance = versus = error = versus_error = None
         if teacher is not None:
             ratio = frechet / frechet_distance(teacher.gaussian, judge.real)
-            sets_NF = [each.features_NF for each in (seen, teacher, other, control_seen)]
-            share = share_of(*sets_NF)
-            if num >= 2 * GROUPS:
-                error = jackknife_error(share_of, *sets_NF, groups=GROUPS)
+            rest = [each.features_NF for each in (teacher, other, control_seen)]
+            share = share_of(seen.features_NF, *rest)
             variance = intra_class_variance(seen.features_NF, labels_N) / intra_class_variance(
                 teacher.features_NF, labels_N
             )
+            if first is not None:
+                versus = difference_of(seen.features_NF, first.features_NF, *rest)
+            if num >= 2 * GROUPS:
+                error = jackknife_error(share_of, seen.features_NF, *rest, groups=GROUPS)
+                if first is not None:
+                    versus_error = jackknife_error(
+                        difference_of, seen.features_NF, first.features_NF, *rest, groups=GROUPS
+                    )
         return ZooRow(
             plan=name,
             network_evaluations=seen.network_evaluations,
@@ -237,14 +247,19 @@ def evaluate(
             ratio=ratio,
             control_share=share,
             control_share_error=error,
+            versus_first=versus,
+            versus_first_error=versus_error,
             accuracy=seen.accuracy,
             variance=variance,
         )
 
-    rows = []
+    rows, first = [], None
     if teacher is not None:
         rows += [row("teacher", other), row("control", control_seen)]
-    rows += [row(name, seen_of(draw(plan, PLANNED), labels_N)) for name, plan in drawn.items()]
+    for name, plan in drawn.items():
+        seen = seen_of(draw(plan, PLANNED), labels_N)
+        rows.append(row(name, seen, first))
+        first = first or seen
     return ZooResult(
         protocol="zoo",
         model=model,
@@ -281,6 +296,11 @@ def share_of(plan_NF: np.ndarray, teacher_NF: np.ndarray, other_NF: np.ndarray, 
     return control_share(*(frechet_distance(fit_gaussian(each), whole) for each in (plan_NF, other_NF, control_NF)))
 
 
+def difference_of(plan_NF: np.ndarray, first_NF: np.ndarray, *rest: np.ndarray) -> float:
+    """E of S less that of another S, against the same T, T' and P."""
+    return share_of(plan_NF, *rest) - share_of(first_NF, *rest)
+
+
 def permute_within_class(embeddings_NLC: Tensor, labels_N: np.ndarray, seed: int) -> Tensor:
     """The control P: at every position, the tokens of a class change owners independently."""
     rng = np.random.default_rng(seed)
@@ -296,7 +316,8 @@ def table(result: ZooResult) -> str:
     """The rows for people."""
     lines = [
         f"protocol zoo, n {result.num} a set, seed {result.seed}, features {result.feature_hash}",
-        f"{'plan':34} {'passes':>6} {'FD real':>8} {'ratio':>6} {'E':>8} {'±':>6} {'accuracy':>8} {'variance':>8}",
+        f"{'plan':34} {'passes':>6} {'FD real':>8} {'ratio':>6} {'E':>8} {'±':>6} "
+        f"{'vs first':>8} {'±':>6} {'accuracy':>8} {'variance':>8}",
     ]
 
     def cell(value: float | None, form: str) -> str:
@@ -307,6 +328,7 @@ def table(result: ZooResult) -> str:
         lines.append(
             f"{row.plan:34} {passes:>6} {row.frechet:8.3f} {cell(row.ratio, '.2f'):>6} "
             f"{cell(row.control_share, '.2%'):>8} {cell(row.control_share_error, '.2%'):>6} "
+            f"{cell(row.versus_first, '.2%'):>8} {cell(row.versus_first_error, '.2%'):>6} "
             f"{cell(row.accuracy, '.2%'):>8} {cell(row.variance, '.3f'):>8}"
         )
     return "\n".join(lines)
