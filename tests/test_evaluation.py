@@ -18,6 +18,7 @@ from ddecode.evaluation.metrics import (
     fit_gaussian,
     frechet_distance,
     intra_class_variance,
+    jackknife,
     jackknife_error,
 )
 from ddecode.evaluation.results import as_json
@@ -80,17 +81,17 @@ def test_the_jackknife_tells_the_spread_of_a_frechet_distance(shift: float) -> N
 
     draws = [(rng.normal(shift, size=(200, 8)), rng.normal(size=(200, 8))) for _ in range(100)]
     spread = np.std([distance(*draw) for draw in draws], ddof=1)
-    told = np.mean([jackknife_error(distance, *draw) for draw in draws])
+    told = np.mean([jackknife_error(jackknife(distance, *draw)) for draw in draws])
     assert 0.8 * spread < told < 1.7 * spread, "beyond what 100 draws can tell"
 
 
 def test_the_jackknife_of_a_mean_is_its_standard_error() -> None:
     numbers = np.random.default_rng(0).normal(size=(60, 1))
-    told = jackknife_error(lambda set_NF: float(set_NF.mean()), numbers, groups=60 // 2)
+    told = jackknife_error(jackknife(lambda set_NF: float(set_NF.mean()), numbers, groups=60 // 2))
     pairs = numbers.reshape(30, 2).mean(1)
     assert told == pytest.approx(pairs.std(ddof=1) / 30**0.5)
     with pytest.raises(ValueError, match="needs 2 groups and 2 samples in each, got 31 of 60 samples"):
-        jackknife_error(np.mean, numbers, groups=31)
+        jackknife(np.mean, numbers, groups=31)
 
 
 def test_intra_class_variance_does_not_see_the_gap_between_classes() -> None:

@@ -103,12 +103,10 @@ def control_share(student: float, floor: float, control: float) -> float:
     return (student - floor) / (control - floor)
 
 
-def jackknife_error(statistic: Callable[..., float], *sets_NF: np.ndarray, groups: int = 20) -> float:
-    """Standard error of a statistic of sample sets, from its values without one group of samples of each set after
-    another (the delete-a-group jackknife).
+def jackknife(statistic: Callable[..., float], *sets_NF: np.ndarray, groups: int = 20) -> np.ndarray:
+    """A statistic of sample sets without one group of samples of each set after another: float64 [groups].
 
-    A group is a run of N / groups samples. A Fréchet distance grows with the square of the gap, so where two sets are
-    of one distribution this errs on the large side, by a factor of up to 1.4.
+    A group is a run of N / groups samples. The difference of two statistics has the difference of their values.
 
     Raises:
         ValueError: fewer than two groups, or fewer than two samples in each.
@@ -120,7 +118,16 @@ def jackknife_error(statistic: Callable[..., float], *sets_NF: np.ndarray, group
     def without(group: int) -> list[np.ndarray]:
         return [np.delete(set_NF, np.array_split(np.arange(len(set_NF)), groups)[group], 0) for set_NF in sets_NF]
 
-    return float(np.std([statistic(*without(group)) for group in range(groups)]) * (groups - 1) ** 0.5)
+    return np.array([statistic(*without(group)) for group in range(groups)])
+
+
+def jackknife_error(values_G: np.ndarray) -> float:
+    """Standard error of a statistic from its values without each of G groups (the delete-a-group jackknife).
+
+    A Fréchet distance grows with the square of the gap, so where two sets are of one distribution this errs on the
+    large side, by a factor of up to 1.4.
+    """
+    return float(np.std(values_G) * (len(values_G) - 1) ** 0.5)
 
 
 def intra_class_variance(features_NF: np.ndarray, labels_N: np.ndarray) -> float:

@@ -40,6 +40,7 @@ from ddecode.evaluation.metrics import (
     fit_gaussian,
     frechet_distance,
     intra_class_variance,
+    jackknife,
     jackknife_error,
 )
 from ddecode.evaluation.results import Result, label_balance, versions_of
@@ -222,24 +223,27 @@ def evaluate(
         chunks = permuted.to(pipe.device).split(batch)
         control_seen = seen_of(look(whole, 2, partial(judged, judge, pipe), chunks), labels_N)
 
-    def row(name: str, seen: Seen, first: Seen | None = None) -> ZooRow:
+    shares: list[tuple[float, np.ndarray]] = []
+    """E of each plan so far, and its values without one group of samples after another."""
+
+    def row(name: str, seen: Seen, *, planned: bool = True) -> ZooRow:
         frechet = frechet_distance(seen.gaussian, judge.real)
         share = ratio = variance = versus = error = versus_error = None
         if teacher is not None:
             ratio = frechet / frechet_distance(teacher.gaussian, judge.real)
-            rest = [each.features_NF for each in (teacher, other, control_seen)]
-            share = share_of(seen.features_NF, *rest)
             variance = intra_class_variance(seen.features_NF, labels_N) / intra_class_variance(
                 teacher.features_NF, labels_N
             )
-            if first is not None:
-                versus = difference_of(seen.features_NF, first.features_NF, *rest)
-            if num >= 2 * GROUPS:
-                error = jackknife_error(share_of, seen.features_NF, *rest, groups=GROUPS)
-                if first is not None:
-                    versus_error = jackknife_error(
-                        difference_of, seen.features_NF, first.features_NF, *rest, groups=GROUPS
-                    )
+            sets_NF = [each.features_NF for each in (seen, teacher, other, control_seen)]
+            share = share_of(*sets_NF)
+            values_G = jackknife(share_of, *sets_NF, groups=GROUPS) if num >= 2 * GROUPS else np.zeros(0)
+            error = jackknife_error(values_G) if len(values_G) else None
+            if shares:
+                first, first_G = shares[0]
+                versus = share - first
+                versus_error = jackknife_error(values_G - first_G) if len(values_G) else None
+            if planned:
+                shares.append((share, values_G))
         return ZooRow(
             plan=name,
             network_evaluations=seen.network_evaluations,
@@ -253,13 +257,10 @@ def evaluate(
             variance=variance,
         )
 
-    rows, first = [], None
+    rows = []
     if teacher is not None:
-        rows += [row("teacher", other), row("control", control_seen)]
-    for name, plan in drawn.items():
-        seen = seen_of(draw(plan, PLANNED), labels_N)
-        rows.append(row(name, seen, first))
-        first = first or seen
+        rows += [row("teacher", other, planned=False), row("control", control_seen, planned=False)]
+    rows += [row(name, seen_of(draw(plan, PLANNED), labels_N)) for name, plan in drawn.items()]
     return ZooResult(
         protocol="zoo",
         model=model,
@@ -294,11 +295,6 @@ def share_of(plan_NF: np.ndarray, teacher_NF: np.ndarray, other_NF: np.ndarray, 
     """E, of the features of S, T, T' and P."""
     whole = fit_gaussian(teacher_NF)
     return control_share(*(frechet_distance(fit_gaussian(each), whole) for each in (plan_NF, other_NF, control_NF)))
-
-
-def difference_of(plan_NF: np.ndarray, first_NF: np.ndarray, *rest: np.ndarray) -> float:
-    """E of S less that of another S, against the same T, T' and P."""
-    return share_of(plan_NF, *rest) - share_of(first_NF, *rest)
 
 
 def permute_within_class(embeddings_NLC: Tensor, labels_N: np.ndarray, seed: int) -> Tensor:
