@@ -1,9 +1,10 @@
-"""README and guide: Python runs, commands are ones that exist with recipes that are valid, error lines are real.
+"""README and docs: Python runs, commands are ones that exist with recipes that are valid, error lines are real.
 
 Blocks of code are marked behind their language: `python no-test` is not run, `bash run` is, with `TOY` behind commands.
 """
 
 import argparse
+import dataclasses
 import re
 import runpy
 import shlex
@@ -17,12 +18,12 @@ from command import run
 from ddecode.cli import build_parser
 from ddecode.config import DistillConfig, build, read_config
 from ddecode.own_teacher import OwnTeacherConfig
+from ddecode.yaml_text import parse_yaml
 
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = ("README.md", "docs/guide.md")
+DOCUMENTS = ("README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")))
 PLAIN = (
     "HF_HUB_OFFLINE=1",
-    "accelerate",
     "cd",
     "cp",
     "git",
@@ -32,7 +33,6 @@ PLAIN = (
     "source",
     "tools/demo",
     "tools/test",
-    "torchrun",
 )
 """First words of commands that are not ours, or take no arguments worth a check."""
 
@@ -109,26 +109,38 @@ def check_verb(arguments: list[str]) -> None:
             build(OwnTeacherConfig, recipe.own_teacher, "own_teacher")
 
 
-@pytest.mark.parametrize("document", DOCUMENTS)
+def check_command(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    program, *arguments = words
+    if program in ("accelerate", "torchrun"):  # what they launch
+        program, *arguments = arguments[arguments.index("ddecode") :]
+    if program in ("ddecode", ".venv/bin/ddecode"):
+        check_verb(arguments)
+    elif program in ("python", ".venv/bin/python") and arguments[0].startswith("tools/"):
+        check_tool(arguments[0], arguments[1:], monkeypatch)
+    else:
+        assert program in PLAIN or arguments[0] in ("evaluator.py", "-m"), program
+
+
+def texts(document: str) -> list[str]:
+    """Of commands: blocks, and what stands in the text beside figures, with options and no name to be put in."""
+    prose = re.sub(r"^```.*?^```", "", (ROOT / document).read_text(), flags=re.S | re.M)
+    spans = (" ".join(span.split()) for span in re.findall(r"`((?:ddecode|\.venv/bin/python tools/)[^`]*)`", prose))
+    return [text for _, text in blocks(document, "bash")] + [
+        span for span in spans if " --" in span and not re.search(r"NAME|\.\.\.|…", span)
+    ]
+
+
+@pytest.mark.parametrize("document", [document for document in DOCUMENTS if texts(document)])
 def test_commands_are_ones_that_exist(document: str, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    checked = 0
-    for _, text in blocks(document, "bash"):
-        for program, *arguments in commands(text):
+    for text in texts(document):
+        for words in commands(text):
             try:
-                if program in ("ddecode", ".venv/bin/ddecode"):
-                    check_verb(arguments)
-                    checked += 1
-                elif program in ("python", ".venv/bin/python") and arguments[0].startswith("tools/"):
-                    check_tool(arguments[0], arguments[1:], monkeypatch)
-                    checked += 1
-                else:
-                    assert program in PLAIN or arguments[0] in ("evaluator.py", "-m"), program
+                check_command(words, monkeypatch)
             except SystemExit:
-                pytest.fail(f"{document}: {program} {shlex.join(arguments)}: {capsys.readouterr().err}")
-    assert checked > 10
+                pytest.fail(f"{document}: {shlex.join(words)}: {capsys.readouterr().err}")
 
 
-@pytest.mark.parametrize("document", DOCUMENTS)
+@pytest.mark.parametrize("document", ("README.md", "docs/guide.md"))
 def test_python_runs(document: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {"__name__": "document"}
@@ -136,6 +148,35 @@ def test_python_runs(document: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert found
     for text in found:
         exec(compile(text, document, "exec"), names)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_links_lead_somewhere(document: str) -> None:
+    for path, anchor in re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", (ROOT / document).read_text()):
+        target = (ROOT / document).parent / path if path else ROOT / document
+        assert target.exists(), path
+        if anchor:
+            headings = re.findall(r"^#+ (.+)$", target.read_text(), re.M)
+            slugs = {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+            assert anchor in slugs, f"{path}#{anchor}"
+
+
+def test_the_list_of_recipe_keys_is_whole_and_true() -> None:
+    """It holds every key, and what is not marked as given stands at its default."""
+    ((_, text),) = blocks("docs/recipes.md", "yaml")
+    tree = parse_yaml(text, "docs/recipes.md")
+    recipe = build(DistillConfig, tree, "")
+    given = re.findall(r"^ *(\w+):.*# \*", text, re.M)
+    sections = {key: section for key, section in tree.items() if isinstance(section, dict)}
+    least = {key: {name: section[name] for name in section if name in given} for key, section in sections.items()}
+    assert recipe == build(DistillConfig, {"teacher": tree["teacher"], **least}, "")
+    terms = sections["objective"]
+    sections |= {name: terms[name] for name in ("adversarial", "score", "matching")}
+    configs = {key: getattr(recipe, key) for key in ("pairs", "student", "objective", "training")}
+    configs |= {name: getattr(recipe.objective, name) for name in ("adversarial", "score", "matching")}
+    for key, config in configs.items():
+        assert sections[key].keys() == {field.name for field in dataclasses.fields(config)}, key
+    assert tree.keys() == {field.name for field in dataclasses.fields(recipe)}
 
 
 def test_the_guide_runs_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
