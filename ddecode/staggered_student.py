@@ -1,18 +1,17 @@
 """A student through whose depth the AR steps go one behind the other.
 
-A teacher goes through all its blocks for each AR step. This student goes through its blocks once: the first step's
-tokens are read off after few of them, mapped from their noise and fed in, the next step's a block or two later, and the
-last step's at the end. A step's tokens are settled before the next is read, so the student is an auto-regressive model
-of its own, whose steps have a block or two each instead of all: by the chain rule, the cross-entropy against the
-teacher's probabilities along the teacher's tokens, less their entropy, is the divergence of all that it emits, and
-nothing need be learnt of the map. What the depth cannot hold is all that is lost.
+A teacher goes through all its blocks for each AR step. This student goes through its blocks once and settles the AR
+steps on the way (`ddecode.settling_student`): the first step's tokens after few blocks, the next step's a block or two
+later, the last step's at the end. Where a step is read the tokens before it are settled, so what the depth cannot hold
+is all that is lost.
 
 Positions stand there before their step's turn and read what is settled so far. In VAR that is the picture as it grows.
 
-B batch, L token positions, M input positions behind the condition, V codes, C code width, D model width.
+B batch, L token positions, N tokens of one AR step, M input positions behind the condition, C code width, D model
+width.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from itertools import pairwise
 from typing import Any, cast
 
@@ -21,13 +20,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ddecode.codebook import nearest_code
-from ddecode.mapped_student import MappedStudent
+from ddecode.settling_student import Reading, SettlingStudent
 from ddecode.shifted_student import known_tokens
 from ddecode.teacher import Teacher
-from ddecode.types import Backbone, Prediction, SteppedBackbone, Tokenizer, step_ranges
+from ddecode.types import Backbone, SteppedBackbone, Tokenizer, step_ranges
 
 
-class StaggeredStudent(MappedStudent):
+class StaggeredStudent(SettlingStudent):
     """Predicts its teacher's probabilities from the tokens before; the exact map makes the tokens within the pass.
 
     Args:
@@ -90,26 +89,9 @@ class StaggeredStudent(MappedStudent):
     def options(self) -> dict[str, Any]:
         return {"starts": self.starts, "exits": self.exits, "joins": self.joins, "num_steps": self.num_steps}
 
-    def forward(
-        self, sequence_BLC: Tensor, labels_B: Tensor, start_B: Tensor, told_BL: Tensor | None = None
-    ) -> Prediction:
-        """The teacher's logits as predicted, before the map, and the codes expected under them.
-
-        Args:
-            told_BL: tokens int64 that stand in for the student's own as they are settled (teacher forcing).
-        """
-        logits_BLV, _ = self.walk(sequence_BLC, labels_B, start_B, range(self.length), told_BL)
-        return Prediction(embeddings_BLC=torch.softmax(logits_BLV, -1) @ self.codebook_VC, logits_BLV=logits_BLV)
-
-    @torch.no_grad()
-    def emit(self, sequence_BLC: Tensor, labels_B: Tensor, start: int, stop: int) -> Tensor:
-        """The map's codes. The pass ends where the last token asked for is read."""
-        start_B = torch.full((len(sequence_BLC),), start, device=self.device)
-        logits_BNV, settled_BN = self.walk(sequence_BLC, labels_B, start_B, range(start, stop))
-        begin, end = settled_BN.shape[1], self.reach(stop)
-        last_BN = self.tokens(sequence_BLC[:, begin:end], logits_BNV[:, begin - end :], self.num_steps)
-        ids_BN = torch.cat([settled_BN, last_BN], 1)[:, start:stop]
-        return F.embedding(ids_BN, self.codebook_VC)
+    def end(self, stop: int) -> int:
+        """See `SettlingStudent.end`: of the AR step."""
+        return self.reach(stop)
 
     @torch.no_grad()
     def initialize_from(self, teacher: Teacher) -> None:
@@ -119,67 +101,41 @@ class StaggeredStudent(MappedStudent):
             nn.init.eye_(token_map.weight)
 
     def walk(
-        self,
-        sequence_BLC: Tensor,
-        labels_B: Tensor,
-        start_B: Tensor,
-        wanted: range,
-        told_BL: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """One pass, up to the AR step of the last token wanted.
-
-        Args:
-            wanted: tokens; those before it are resolved in all samples.
-
-        Returns:
-            Logits fp32 [B,N,V] of the tokens wanted and of the rest of the last one's AR step, and the tokens int64
-            [B,N] of all steps before that.
-        """
-        backbone, read, least, most = self.stepped, self.reader(), int(start_B.min()), int(start_B.max())
+        self, sequence_BLC: Tensor, labels_B: Tensor, start: int, end: int, told_BL: Tensor | None = None
+    ) -> Iterator[Reading]:
+        """See `SettlingStudent.walk`; a reading is an AR step."""
+        backbone, read = self.stepped, self.reader()
         condition = backbone.condition(labels_B)
-        known_M = torch.tensor(self.known, device=start_B.device)
-        inputs_BMD = backbone.blank_inputs() + self.indicator((known_M <= start_B[:, None]).long())
-        for step, (begin, end) in enumerate(self.ranges):
-            if end <= most:
-                ids_BN = nearest_code(sequence_BLC[:, begin:end], self.codebook_VC)
-                inputs_BMD = add_last(inputs_BMD, self.added(ids_BN, step, start_B >= end))
+        known_M = torch.tensor(self.known, device=labels_B.device)
+        inputs_BMD = backbone.blank_inputs().expand(len(labels_B), -1, -1) + self.indicator((known_M <= start).long())
+        for step, (begin, stop) in enumerate(self.ranges):
+            if stop <= start:
+                ids_BN = nearest_code(sequence_BLC[:, begin:stop], self.codebook_VC)
+                inputs_BMD = add_last(inputs_BMD, backbone.added_inputs(ids_BN, step))
 
-        prefix, reach = condition.prefix_BPD.shape[1], self.reach(wanted.stop)
+        prefix = condition.prefix_BPD.shape[1]
         first = prefix + len(known_M) - self.length  # of hidden: where the first token is read off
-        there = first + reach - prefix  # of the inputs: how many take part
-        last = self.ranges[-1][0]
-        joins = self.joins if reach == self.length and least < last else 0
-        stay = there - backbone.steps[-1] if joins else there  # how many leave no block out
-        now = stay if most < last else there
-        hidden = torch.cat([condition.prefix_BPD, inputs_BMD[:, :now]], 1)
-        settled, logits, done = [nearest_code(sequence_BLC[:, : wanted.start], self.codebook_VC)], [], 0
-        for step, ((begin, end), exit) in enumerate(zip(self.ranges, self.exits, strict=True)):
+        there = first + end - prefix  # of the inputs: how many take part
+        joins = self.joins if end == self.length and start < self.ranges[-1][0] else 0
+        now = there - backbone.steps[-1] if joins else there  # of these, how many are there yet
+        hidden, done = torch.cat([condition.prefix_BPD, inputs_BMD[:, :now]], 1), 0
+        for step, ((begin, stop), exit) in enumerate(zip(self.ranges, self.exits, strict=True)):
             hidden = backbone.hidden(hidden, condition, blocks=range(done, exit))
             done = exit
-            if begin >= wanted.start:
-                logits.append(read(hidden[:, first + begin : first + end], condition))
-                if end >= wanted.stop:
-                    break
-                if told_BL is None:
-                    with torch.no_grad():
-                        settled.append(self.tokens(sequence_BLC[:, begin:end], logits[-1], self.num_steps))
-                else:
-                    settled.append(told_BL[:, begin:end])
-                added_BND = self.added(settled[-1], step, start_B < end)
+            if begin >= start:
+                tokens_N = torch.arange(begin, stop, device=hidden.device)
+                logits_BNV = read(hidden[:, first + begin : first + stop], condition)
+                settled_BN = self.settled(sequence_BLC, logits_BNV, tokens_N, told_BL)
+                yield Reading(tokens_N=tokens_N, logits_BNV=logits_BNV, ids_BN=settled_BN)
+                if stop == end:
+                    return
+                added_BND = backbone.added_inputs(settled_BN, step)
                 if exit <= joins:  # some have yet to join
                     inputs_BMD = add_last(inputs_BMD, added_BND)
                 seen = added_BND.shape[1] - len(known_M) + now  # of those that read them, how many are there
                 hidden = add_last(hidden, self.token_maps[step](added_BND[:, :seen]))
             if joins and exit == joins:
-                joining_BND = inputs_BMD[:, stay:there]
-                if now > stay:  # in the samples that begin with the last step they are there already
-                    joining_BND = torch.where((start_B < last)[:, None, None], joining_BND, hidden[:, prefix + stay :])
-                hidden, now = torch.cat([hidden[:, : prefix + stay], joining_BND], 1), there
-        return torch.cat(logits, 1), torch.cat(settled, 1)
-
-    def added(self, ids_BN: Tensor, step: int, counted_B: Tensor) -> Tensor:
-        """What an AR step's tokens add to the inputs of those that read them, in the samples that count."""
-        return self.stepped.added_inputs(ids_BN, step) * counted_B[:, None, None]
+                hidden, now = torch.cat([hidden, inputs_BMD[:, now:there]], 1), there
 
 
 def add_last(x_BMD: Tensor, added_BND: Tensor) -> Tensor:

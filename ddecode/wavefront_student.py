@@ -1,16 +1,13 @@
 """A student through whose depth a raster of tokens goes as a wavefront.
 
 A teacher that writes one token after the other goes through all its blocks for each. This student goes through its
-blocks once and settles tokens on the way, as a `StaggeredStudent` does with AR steps. A raster has far more tokens than
-a network has blocks, but those of one diagonal, `column + slope row`, hardly depend on each other once the diagonals
-before are known: with slope 2 a token's left, upper and upper right neighbours all lie there. So diagonals are read one
-behind the other, several after each block. A settled token is added at once to those whose neighbour it is, and reaches
-all others by attention in the blocks to come. Of tokens before it in the raster that are not settled when it is read, a
-position sees the noise.
-
-The cross-entropy against the teacher's probabilities along the teacher's tokens, less their entropy, bounds the
-divergence of all that the student emits, by the chain rule. What is lost is what the depth cannot hold, and what tokens
-of one diagonal know of each other that their noise does not tell.
+blocks once and settles tokens on the way (`ddecode.settling_student`). A raster has far more tokens than a network has
+blocks, but those of one diagonal, `column + slope row`, hardly depend on each other once the diagonals before are
+known: with slope 2 a token's left, upper and upper right neighbours all lie there. So diagonals are read one behind the
+other, several after each block. A settled token is added at once to those whose neighbour it is, and reaches all others
+by attention in the blocks to come. Of tokens before it in the raster that are not settled when it is read, a position
+sees the noise. What is lost is what the depth cannot hold, and what tokens of one diagonal know of each other that
+their noise does not tell.
 
 B batch, L token positions, N tokens of one diagonal, S of them that others read, R their readers, V codes, D model
 width, X what a token adds to all its readers: D for each offset.
@@ -25,17 +22,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ddecode.linear import Linear
-from ddecode.mapped_student import MappedStudent
-from ddecode.processes import any_of_all, world
+from ddecode.settling_student import Reading, SettlingStudent
 from ddecode.shifted_student import ShiftedStudent
 from ddecode.teacher import Teacher
-from ddecode.types import Backbone, Prediction, Tokenizer
+from ddecode.types import Backbone, Tokenizer
 
 LARGEST_TABLE = 1 << 22
 """Numbers in a table of what each code adds: 16 MiB."""
 
 
-class WavefrontStudent(MappedStudent, ShiftedStudent):
+class WavefrontStudent(SettlingStudent, ShiftedStudent):
     """Predicts its teacher's probabilities from the tokens before; the exact map makes the tokens within the pass.
 
     Args:
@@ -98,52 +94,9 @@ class WavefrontStudent(MappedStudent, ShiftedStudent):
         spread = [(tokens, -(-(i + 1) * depth // len(late))) for i, tokens in enumerate(late)]
         return [(tokens, 0) for tokens in early] + spread
 
-    def forward(
-        self,
-        sequence_BLC: Tensor,
-        labels_B: Tensor,
-        start_B: Tensor,
-        told_BL: Tensor | None = None,
-        stop_B: Tensor | None = None,
-    ) -> Prediction:
-        """The teacher's logits as predicted, before the map, and the codes expected under them.
-
-        Args:
-            told_BL: tokens int64 that stand in for the student's own as they are settled (teacher forcing).
-            stop_B: ends of the passes; None: all are to the last token. Behind them predictions mean nothing.
-        """
-        if stop_B is None:
-            stop_B = torch.full_like(start_B, self.length)
-        logits_BLV = torch.zeros(*sequence_BLC.shape[:2], len(self.codebook_VC), device=self.device)
-        for start, stop in self.kinds(start_B, stop_B):
-            rows = ((start_B == start) & (stop_B == stop)).nonzero()[:, 0]
-            counts = float(len(rows) > 0)
-            rows = rows if counts else rows.new_zeros(1)
-            told = None if told_BL is None else told_BL[rows]
-            read = list(self.walk(sequence_BLC[rows], labels_B[rows], start, stop, told))
-            tokens_N, found_BNV = torch.cat([tokens for tokens, _, _ in read]), torch.cat([at for _, at, _ in read], 1)
-            rows_BLV = found_BNV.new_zeros(len(rows), self.length, found_BNV.shape[2])
-            rows_BLV = rows_BLV.index_copy(1, tokens_N, found_BNV)
-            logits_BLV = logits_BLV.index_add(0, rows, rows_BLV, alpha=counts)
-        return Prediction(embeddings_BLC=torch.softmax(logits_BLV, -1) @ self.codebook_VC, logits_BLV=logits_BLV)
-
-    def kinds(self, start_B: Tensor, stop_B: Tensor) -> list[tuple[int, int]]:
-        """The passes that these samples need; in training those of all processes, for where weights are sharded all
-        must make a pass."""
-        own = set(zip(start_B.tolist(), stop_B.tolist(), strict=True))
-        if world() == 1 or not torch.is_grad_enabled():
-            return sorted(own)
-        return [kind for kind in self.passes if any_of_all(torch.tensor(kind in own, device=self.device))]
-
-    @torch.no_grad()
-    def emit(self, sequence_BLC: Tensor, labels_B: Tensor, start: int, stop: int) -> Tensor:
-        """The map's codes. The pass is the shortest that training knew and that reaches so far."""
-        end = next(end for end in (*self.starts, self.length) if end >= stop)
-        passed = self.walk(sequence_BLC, labels_B, start, end, table_VX=self.table())
-        found = [(tokens_N, ids_BN) for tokens_N, _, ids_BN in passed]
-        order = torch.cat([tokens_N for tokens_N, _ in found]).argsort()
-        ids_BN = torch.cat([ids_BN for _, ids_BN in found], 1)[:, order]
-        return F.embedding(ids_BN[:, : stop - start], self.codebook_VC)
+    def end(self, stop: int) -> int:
+        """See `SettlingStudent.end`: of the shortest pass that training knew and that reaches so far."""
+        return next(end for end in (*self.starts, self.length) if end >= stop)
 
     @torch.no_grad()
     def initialize_from(self, teacher: Teacher) -> None:
@@ -173,24 +126,10 @@ class WavefrontStudent(MappedStudent, ShiftedStudent):
         return self._table[1]
 
     def walk(
-        self,
-        sequence_BLC: Tensor,
-        labels_B: Tensor,
-        start: int,
-        end: int,
-        told_BL: Tensor | None = None,
-        table_VX: Tensor | None = None,
-    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """One pass from `start` to `end`.
-
-        Args:
-            told_BL: see `forward`.
-            table_VX: see `table`.
-
-        Yields:
-            For each diagonal its tokens' positions int64 [N], their logits fp32 [B,N,V], and the tokens as settled,
-            int64 [B,N].
-        """
+        self, sequence_BLC: Tensor, labels_B: Tensor, start: int, end: int, told_BL: Tensor | None = None
+    ) -> Iterator[Reading]:
+        """See `SettlingStudent.walk`; a reading is a diagonal."""
+        table_VX = None if torch.is_grad_enabled() else self.table()
         backbone, read = self.backbone, self.reader()
         opening = self.opening(sequence_BLC, labels_B, torch.full_like(labels_B, start), end)
         condition, hidden, first, ids_BN = opening.condition, opening.inputs_BND, opening.first, opening.ids_BN
@@ -201,12 +140,8 @@ class WavefrontStudent(MappedStudent, ShiftedStudent):
                 hidden = backbone.hidden(hidden, condition, blocks=range(done, exit))
                 done = exit
             logits_BNV = read(self.mixer(hidden[:, first + tokens_N]), condition)
-            if told_BL is None:
-                with torch.no_grad():
-                    settled_BN = self.tokens(sequence_BLC[:, tokens_N], logits_BNV, self.num_steps)
-            else:
-                settled_BN = told_BL[:, tokens_N]
-            yield tokens_N, logits_BNV, settled_BN
+            settled_BN = self.settled(sequence_BLC, logits_BNV, tokens_N, told_BL)
+            yield Reading(tokens_N=tokens_N, logits_BNV=logits_BNV, ids_BN=settled_BN)
             senders_S = diagonal.senders_S
             if not len(senders_S):
                 continue
