@@ -57,7 +57,7 @@ class StudentConfig:
     exits: tuple[int, ...] | None = None
     """None, or a student that predicts probabilities as one that drafts does, through whose depth the AR steps go one
     behind the other (`ddecode.staggered_student`): for each AR step, the number of layers after which its tokens are
-    read. It suits teachers of few steps, such as VAR."""
+    read, two of them after the same where layers are few. It suits teachers of few steps, such as VAR."""
     wavefront: int | None = None
     """None, or the like for teachers of many steps of one token, such as LlamaGen (`ddecode.wavefront_student`): tokens
     go through its depth diagonal by diagonal, column + this many times the row. 2 lets each see its three nearest

@@ -6,7 +6,7 @@ of its own all the same, whose steps have a block or two each instead of all: by
 against the teacher's probabilities along the teacher's tokens, less their entropy, bounds the divergence of all that it
 emits, and nothing need be learnt of the map.
 
-B batch, L token positions, N tokens that are read at once, V codes, C code width.
+B batch, L token positions, N tokens that are read at once, V codes, C code width, D model width.
 """
 
 from abc import abstractmethod
@@ -14,9 +14,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ddecode.linear import Linear
 from ddecode.mapped_student import MappedStudent
 from ddecode.processes import any_of_all, world
 from ddecode.types import Prediction
@@ -103,3 +104,18 @@ class SettlingStudent(MappedStudent):
             return told_BL[:, tokens_N]
         with torch.no_grad():
             return self.tokens(sequence_BLC[:, tokens_N], logits_BNV, self.num_steps)
+
+
+class Mixer(nn.Module):
+    """A feed-forward block (SwiGLU) that lets a position take up what was added to it, before its logits are read."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.RMSNorm(width, eps=1e-5)
+        self.gate_and_value = Linear(width, 2 * width, bias=False)
+        self.out = Linear(width, width, bias=False)
+        nn.init.zeros_(self.out.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, value = self.gate_and_value(self.norm(x)).chunk(2, -1)
+        return x + self.out(F.silu(gate) * value)

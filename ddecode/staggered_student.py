@@ -12,7 +12,6 @@ width.
 """
 
 from collections.abc import Iterable, Iterator
-from itertools import pairwise
 from typing import Any, cast
 
 import torch
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ddecode.codebook import nearest_code
-from ddecode.settling_student import Reading, SettlingStudent
+from ddecode.settling_student import Mixer, Reading, SettlingStudent
 from ddecode.shifted_student import known_tokens
 from ddecode.teacher import Teacher
 from ddecode.types import Backbone, SteppedBackbone, Tokenizer, step_ranges
@@ -33,7 +32,9 @@ class StaggeredStudent(SettlingStudent):
         backbone: the teacher's own kind, reading AR steps one at a time (`SteppedBackbone`).
         tokenizer: as for every student.
         starts: as for every student; each the end of an AR step.
-        exits: for each AR step, the number of blocks after which its tokens are read, rising; the last is all.
+        exits: for each AR step, the number of blocks after which its tokens are read, up to all for the last. Of two
+            with the same number the second sees the first's tokens where they are fed in, and no attention to them:
+            for a teacher of more AR steps than the student has blocks.
         joins: number of blocks that the positions of the last AR step leave out, 0 or one of `exits`. No other
             position reads them, and in VAR they are up to half of all. A pass over that step alone leaves out none:
             there it is the teacher's own.
@@ -60,13 +61,13 @@ class StaggeredStudent(SettlingStudent):
             )
         super().__init__(backbone, tokenizer, starts=starts, num_steps=num_steps)
         steps, depth = backbone.steps, backbone.depth
-        if len(exits) != len(steps) or exits[0] < 0 or exits[-1] != depth or any(a >= b for a, b in pairwise(exits)):
+        if len(exits) != len(steps) or exits[0] < 0 or exits[-1] != depth or list(exits) != sorted(exits):
             raise ValueError(
-                f"exits must be {len(steps)} numbers of blocks, one for each AR step, rising to all {depth}, "
-                f"got {list(exits)}"
+                f"exits must be {len(steps)} numbers of blocks, one for each AR step, none less than the one before, "
+                f"the last all {depth}, got {list(exits)}"
             )
-        if joins not in (0, *exits[:-1]):
-            raise ValueError(f"joins must be 0 or one of the exits {list(exits[:-1])}, got {joins}")
+        if joins not in (0, *exits) or joins >= depth:
+            raise ValueError(f"joins must be 0 or one of the exits before the last block, got {joins}")
         self.ranges = step_ranges(steps)
         """First token and end of each AR step."""
         self.known = known_tokens(steps)
@@ -74,6 +75,8 @@ class StaggeredStudent(SettlingStudent):
         self.exits, self.joins = exits, joins
         self.check_starts(self.starts)
         self.token_maps = nn.ModuleList(nn.Linear(backbone.width, backbone.width, bias=False) for _ in exits[1:])
+        self.mixer = nn.Identity() if len(set(exits)) == len(exits) else Mixer(backbone.width)
+        """In front of the logits, where blocks are too few for that."""
 
     @property
     def stepped(self) -> SteppedBackbone:
@@ -120,22 +123,22 @@ class StaggeredStudent(SettlingStudent):
         now = there - backbone.steps[-1] if joins else there  # of these, how many are there yet
         hidden, done = torch.cat([condition.prefix_BPD, inputs_BMD[:, :now]], 1), 0
         for step, ((begin, stop), exit) in enumerate(zip(self.ranges, self.exits, strict=True)):
+            if exit > joins and now < there:
+                hidden, now = torch.cat([hidden, inputs_BMD[:, now:there]], 1), there
             hidden = backbone.hidden(hidden, condition, blocks=range(done, exit))
             done = exit
             if begin >= start:
                 tokens_N = torch.arange(begin, stop, device=hidden.device)
-                logits_BNV = read(hidden[:, first + begin : first + stop], condition)
+                logits_BNV = read(self.mixer(hidden[:, first + begin : first + stop]), condition)
                 settled_BN = self.settled(sequence_BLC, logits_BNV, tokens_N, told_BL)
                 yield Reading(tokens_N=tokens_N, logits_BNV=logits_BNV, ids_BN=settled_BN)
                 if stop == end:
                     return
                 added_BND = backbone.added_inputs(settled_BN, step)
-                if exit <= joins:  # some have yet to join
+                if now < there:
                     inputs_BMD = add_last(inputs_BMD, added_BND)
                 seen = added_BND.shape[1] - len(known_M) + now  # of those that read them, how many are there
                 hidden = add_last(hidden, self.token_maps[step](added_BND[:, :seen]))
-            if joins and exit == joins:
-                hidden, now = torch.cat([hidden, inputs_BMD[:, now:there]], 1), there
 
 
 def add_last(x_BMD: Tensor, added_BND: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ddecode.linear import Linear
-from ddecode.settling_student import Reading, SettlingStudent
+from ddecode.settling_student import Mixer, Reading, SettlingStudent
 from ddecode.shifted_student import ShiftedStudent
 from ddecode.teacher import Teacher
 from ddecode.types import Backbone, Tokenizer
@@ -190,18 +190,3 @@ class Diagonal:
     """Which of what the senders add, S by offsets, each reader takes; int64."""
     readers_R: Tensor
     """The tokens that read it; int64."""
-
-
-class Mixer(nn.Module):
-    """A feed-forward block (SwiGLU) that lets a position take up what was added to it, before its logits are read."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.norm = nn.RMSNorm(width, eps=1e-5)
-        self.gate_and_value = Linear(width, 2 * width, bias=False)
-        self.out = Linear(width, width, bias=False)
-        nn.init.zeros_(self.out.weight)
-
-    def forward(self, x: Tensor) -> Tensor:
-        gate, value = self.gate_and_value(self.norm(x)).chunk(2, -1)
-        return x + self.out(F.silu(gate) * value)

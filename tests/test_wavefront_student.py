@@ -12,27 +12,15 @@ from tiny import (
     make_teacher,
     make_var_teacher,
     make_wavefront_student,
-    partly,
     random_ids,
     random_noise,
-    save_tiny,
-    seeded,
     write_yaml,
 )
-from torch.nn import functional as F
 
 from ddecode import wavefront_student
-from ddecode.checkpoint import ModelFolder
 from ddecode.codebook import nearest_code
 from ddecode.config import DistillConfig, read_config
-from ddecode.distillation import distill
-from ddecode.objective_config import ObjectiveConfig
-from ddecode.objectives.student import StudentObjective
-from ddecode.pairs import make_manifest, write_pairs
-from ddecode.pipeline import DistilledPipeline
-from ddecode.teacher import Recipe, Teacher
-from ddecode.trajectory import resolve
-from ddecode.wavefront_student import WavefrontStudent
+from ddecode.teacher import Teacher
 from third_party_loaders import var
 
 LABELS = torch.tensor([0, 1, 2])
@@ -65,22 +53,6 @@ def test_diagonals_hold_each_token_once_and_go_evenly_through_the_depth(
     assert max(counts) - min(counts) <= 1
 
 
-@pytest.mark.parametrize("slope", [1, 2, SIDE])
-def test_all_ways_to_emit_agree(teacher: Teacher, slope: int) -> None:
-    student = make_wavefront_student(teacher, wavefront=slope)
-    for start in (0, 8):
-        sequence = partly(student, random_noise(L), start)
-        emitted = student.emit(sequence, LABELS, start, L)
-        prediction = student.predict(sequence, LABELS, start)
-        torch.testing.assert_close(prediction.embeddings_BLC[:, start:], emitted)
-        ids = nearest_code(emitted, student.codebook_VC)
-        assert torch.equal(prediction.logits_BLV[:, start:].argmax(-1), ids), "logits that say another token"
-        trained = student.emitted(student(sequence, LABELS, all_at(start)), sequence)
-        torch.testing.assert_close(trained[:, start:], emitted, atol=1e-5, rtol=1e-5)
-        part = student.emit(sequence, LABELS, start, 13)
-        torch.testing.assert_close(part, emitted[:, : 13 - start])
-
-
 def test_a_first_pass_is_the_one_that_training_showed(teacher: Teacher) -> None:
     """The tokens before the second start have all of the depth to themselves, whoever asks for some of them."""
     student, noise = make_wavefront_student(teacher), random_noise(L)
@@ -91,29 +63,6 @@ def test_a_first_pass_is_the_one_that_training_showed(teacher: Teacher) -> None:
     assert torch.equal(nearest_code(emitted, student.codebook_VC), own)
     torch.testing.assert_close(student.emit(noise, LABELS, 0, 3), emitted[:, :3])
     assert not torch.equal(student.emit(noise, LABELS, 0, L)[:, :8], emitted), "one schedule for both"
-
-
-def test_the_last_token_is_the_teachers_own_where_all_before_it_are_resolved() -> None:
-    """It goes through all blocks then, so a student fresh from its teacher, without guidance, gives its token."""
-    teacher = make_teacher(recipe=Recipe())
-    student = make_wavefront_student(teacher)
-    student.initialize_from(teacher)
-    torch.nn.init.zeros_(student.mixer.out.weight)
-    noise = random_noise(L)
-    ids = resolve(teacher, noise, LABELS, num_steps=student.num_steps)
-    sequence = torch.cat([teacher.codebook_VC[ids[:, :-1]], noise[:, -1:]], 1)
-    emitted = student.emit(sequence, LABELS, L - 1, L)
-    assert torch.equal(nearest_code(emitted, teacher.codebook_VC), ids[:, -1:])
-
-
-def test_told_its_own_tokens_it_predicts_the_same(teacher: Teacher) -> None:
-    student = make_wavefront_student(teacher)
-    for start, stop in student.passes:
-        sequence = partly(student, random_noise(L), start)
-        own = student(sequence, LABELS, all_at(start), stop_B=all_at(stop)).logits_BLV
-        ids = student.tokens(sequence, own, student.num_steps)
-        told = student(sequence, LABELS, all_at(start), ids, all_at(stop)).logits_BLV
-        torch.testing.assert_close(own[:, start:stop], told[:, start:stop])
 
 
 @pytest.mark.parametrize("slope", [1, 2, SIDE])
@@ -136,61 +85,6 @@ def test_neighbours_see_a_token_at_once_others_after_a_block_and_its_noise_all(t
     changed[:, 5] += 1
     seen = seen_by(student(changed, LABELS, all_at(0), ids).logits_BLV)
     assert seen and min(seen) > 5
-
-
-def test_a_sample_does_not_depend_on_its_batch(teacher: Teacher) -> None:
-    student = make_wavefront_student(teacher)
-    starts, stops, ids = torch.tensor([0, 8, 0]), torch.tensor([8, L, L]), random_ids(L)
-    resolved = F.embedding(ids, student.codebook_VC)
-    sequence = torch.where((torch.arange(L) < starts[:, None])[..., None], resolved, random_noise(L))
-    for told in (None, ids):
-        whole = student(sequence, LABELS, starts, told, stops).logits_BLV
-        for i in range(3):
-            one = slice(i, i + 1)
-            told_one = None if told is None else told[one]
-            alone = student(sequence[one], LABELS[one], starts[one], told_one, stops[one]).logits_BLV
-            predicted = slice(int(starts[i]), int(stops[i]))
-            torch.testing.assert_close(alone[:, predicted], whole[one, predicted], atol=1e-5, rtol=1e-4)
-
-
-def test_training_reaches_every_weight_and_regresses_along_the_pairs_tokens(teacher: Teacher) -> None:
-    student, ids = make_wavefront_student(teacher), random_ids(L)
-    objective = StudentObjective(student, ObjectiveConfig(teacher_forcing=True))
-    shown, losses = set(), []
-    for seed in range(6):
-        losses.append(objective(random_noise(L), ids, LABELS, generator=seeded(seed))[0])
-        kinds = torch.randint(3, (3,), generator=seeded(seed)).tolist()
-        passes = [student.passes[kind] for kind in kinds]
-        shown |= set(passes)
-        starts, stops = torch.tensor(passes).unbind(1)
-        position = torch.arange(L)
-        counted = (position >= starts[:, None]) & (position < stops[:, None])
-        codes = F.embedding(ids, student.codebook_VC)
-        sequence = torch.where(counted[..., None], random_noise(L), codes)
-        logits = student(sequence, LABELS, starts, ids, stops).logits_BLV
-        assert losses[-1].item() == pytest.approx(F.cross_entropy(logits[counted], ids[counted]).item(), rel=1e-5)
-    assert shown == set(student.passes)
-    torch.stack(losses).sum().backward()
-    for name, parameter in student.named_parameters():
-        assert parameter.grad is not None and parameter.grad.abs().max() > 0, name
-
-
-def test_a_distillation_ends_with_one_that_samples_in_one_and_two_steps(teacher: Teacher, tmp_path: Path) -> None:
-    pipe = DistilledPipeline(tokenizer=teacher.tokenizer, teacher=teacher)
-    recipe = distill_recipe(save_tiny(tmp_path / "teacher", pipe))
-    recipe["student"] = {"starts": [0, 8], "wavefront": 2, "draft_steps": 6}
-    recipe["objective"] = {"targets": "probabilities", "teacher_forcing": True}
-    config = read_config(write_yaml(tmp_path / "recipe.yaml", recipe), DistillConfig)
-    folder = ModelFolder.open(config.teacher)
-    manifest = make_manifest(folder.teacher(), config.teacher, folder.teacher_hash(), config.pairs)
-    write_pairs(folder.teacher(), manifest, tmp_path / "pairs", show_progress=False)
-    model = distill(config, tmp_path / "pairs", tmp_path / "run", show_progress=False)
-    loaded = DistilledPipeline.from_pretrained(model)
-    assert isinstance(loaded.student, WavefrontStudent)
-    assert loaded.student.options() == {"starts": (0, 8), "wavefront": 2, "num_steps": 6}
-    for steps in (1, 2):
-        images = loaded([0, 1], num_inference_steps=steps, generator=seeded(4), output_type="pt").images
-        assert images.isfinite().all()
 
 
 @pytest.mark.parametrize("slope", [0, SIDE + 1])
