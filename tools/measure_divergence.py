@@ -21,9 +21,8 @@ from ddecode.pairs import noise_of
 from ddecode.pipeline import DistilledPipeline
 from ddecode.plan import Plan
 from ddecode.randomness import derived_seed
-from ddecode.staggered_student import StaggeredStudent
+from ddecode.settling_student import SettlingStudent
 from ddecode.trajectory import resolve
-from ddecode.wavefront_student import WavefrontStudent
 
 STREAM = 4
 """Of the noise, which no pairs share."""
@@ -37,7 +36,7 @@ def spans_of(plan: Plan) -> list[tuple[int, int]]:
 
 @torch.no_grad()
 def divergences(
-    student: StaggeredStudent | WavefrontStudent,
+    student: SettlingStudent,
     noise_BLC: Tensor,
     labels_B: Tensor,
     ids_BL: Tensor,
@@ -49,10 +48,8 @@ def divergences(
     codes_BLC = F.embedding(ids_BL, student.codebook_VC)
     position_L = torch.arange(student.length, device=ids_BL.device)
     sequence_BLC = torch.where((position_L < start)[:, None], codes_BLC, noise_BLC)
-    told = {"told_BL": ids_BL}
-    if isinstance(student, WavefrontStudent):
-        told["stop_B"] = torch.full_like(labels_B, stop)
-    logits_BLV = student(sequence_BLC, labels_B, torch.full_like(labels_B, start), **told).logits_BLV
+    start_B, stop_B = torch.full_like(labels_B, start), torch.full_like(labels_B, stop)
+    logits_BLV = student(sequence_BLC, labels_B, start_B, told_BL=ids_BL, stop_B=stop_B).logits_BLV
     theirs_BNV, ours_BNV = log_probs_BLV[:, start:stop], logits_BLV[:, start:stop].log_softmax(-1)
     return F.kl_div(ours_BNV, theirs_BNV, reduction="none", log_target=True).nan_to_num(0.0).sum((1, 2))
 
@@ -60,7 +57,7 @@ def divergences(
 def measure(pipe: DistilledPipeline, plans: list[Plan], *, num: int, seed: int, batch: int) -> Tensor:
     """Divergences fp32 [num, passes of all plans, one after the other]."""
     student, teacher = pipe.student, pipe.teacher
-    if not isinstance(student, StaggeredStudent | WavefrontStudent) or teacher is None:
+    if not isinstance(student, SettlingStudent) or teacher is None:
         raise SystemExit("this needs a teacher and a student that settles tokens within the pass")
     recipe = pipe.recipe
     spans = [span for plan in plans for span in spans_of(plan)]
