@@ -350,7 +350,10 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
             plain[name] = plain[name].clone()
         places.add(plain[name].data_ptr())
     with placed(path) as aside:
+        aside.touch()
+        mode = aside.stat().st_mode
         save_file(plain, aside)
+        aside.chmod(mode)  # safetensors makes files that nobody but their owner may read
 
 
 def write_model(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:

@@ -1,6 +1,7 @@
 """Model folders and names: written and read exactly, refused by name where they are wrong, no network uninvited."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,16 @@ def test_every_weight_comes_back_exactly(pipe: DistilledPipeline, model: Path) -
         a, b = ours.state_dict(), theirs.state_dict()
         assert list(a) == list(b) and all(torch.equal(a[name], b[name]) for name in a)
     assert again.student.tokenizer is again.tokenizer is again.teacher.tokenizer
+
+
+def test_all_files_of_a_model_may_be_read_by_the_same_people(pipe: DistilledPipeline, tmp_path: Path) -> None:
+    for mask in (0o022, 0o027):
+        before = os.umask(mask)
+        try:
+            folder = save_tiny(tmp_path / oct(mask), pipe)
+        finally:
+            os.umask(before)
+        assert {file.stat().st_mode & 0o777 for file in folder.iterdir()} == {0o666 & ~mask}
 
 
 def test_half_precision_on_disk_is_fp32_in_memory(pipe: DistilledPipeline, tmp_path: Path) -> None:
