@@ -43,8 +43,10 @@ def test_a_steps_tokens_add_up_to_what_the_teacher_reads(teacher: Teacher) -> No
 
 
 @pytest.mark.parametrize("joins", [0, 1])
-def test_a_pass_that_ends_earlier_gives_the_same_tokens(teacher: Teacher, joins: int) -> None:
-    student, noise = make_staggered_student(teacher, joins=joins), random_noise(LENGTH)
+@pytest.mark.parametrize("exits", [(0, 1, 2), (0, 1, 3), (1, 1, 2)])
+def test_a_pass_that_ends_earlier_gives_the_same_tokens(exits: tuple[int, ...], joins: int) -> None:
+    student = make_staggered_student(make_var_teacher(depth=exits[-1]), exits=exits, joins=joins)
+    noise = random_noise(LENGTH)
     emitted = student.emit(noise, LABELS, 0, LENGTH)
     for stop in range(1, LENGTH):
         part = student.emit(noise, LABELS, 0, stop)
