@@ -22,7 +22,7 @@ from ddecode.evaluation.metrics import (
     jackknife_error,
 )
 from ddecode.evaluation.results import as_json
-from ddecode.evaluation.zoo import Judge, evaluate, judged, permute_within_class, table
+from ddecode.evaluation.zoo import Judge, evaluate, judged, permute_within_class, table, variance_of
 from ddecode.pipeline import DistilledPipeline
 
 
@@ -106,6 +106,17 @@ def test_intra_class_variance_does_not_see_the_gap_between_classes() -> None:
         intra_class_variance(x[:3], labels[:3])
 
 
+def test_the_jackknife_tells_the_spread_of_a_variance_over_another() -> None:
+    """Of N normal features each, a class's mean taken off: variances of relative error (2 / N)^1/2, two of them."""
+    rng = np.random.default_rng(0)
+    labels_N, width, told = np.arange(400) % 4, 8, []
+    for _ in range(40):
+        sets = [rng.normal(size=(400, width)) + labels_N[:, None] for _ in range(2)]
+        assert variance_of(*sets, labels_N) == pytest.approx(1, abs=6 * 0.035)
+        told.append(jackknife_error(jackknife(variance_of, *sets, labels_N)))
+    assert np.mean(told) == pytest.approx((2 * 2 / (400 * width)) ** 0.5, rel=0.1)
+
+
 def test_the_control_keeps_tokens_within_class_and_position() -> None:
     embeddings = torch.randn(60, L, C, generator=seeded(0))
     labels = np.arange(60) % 3
@@ -175,6 +186,7 @@ def test_the_protocol_measures_teacher_control_and_plans(pipe: DistilledPipeline
     assert rows["teacher"].control_share == pytest.approx(0, abs=1e-9)
     assert rows["control"].control_share == pytest.approx(1)
     assert rows["1"].control_share_error > 0 and rows["control"].control_share_error == pytest.approx(0, abs=1e-9)
+    assert all(0 < row.variance_error < row.variance for row in rows.values())
     assert (rows["teacher"].network_evaluations, rows["1"].network_evaluations) == (16, 1)
     assert rows["teacher:0-16"].frechet != rows["teacher"].frechet, "seeds are apart"
     assert all(row.frechet > 0 and 0 <= row.accuracy <= 1 and row.variance > 0 for row in rows.values())
@@ -198,12 +210,13 @@ def test_all_plans_begin_at_the_same_noise(pipe: DistilledPipeline, judge: Judge
         pipe, {"1": plans["1"], "again": plans["1"]}, judge, model="tiny", num=8, show_progress=False
     ).rows
     assert (again.versus_first, again.versus_first_error, again.control_share_error) == (0, None, None)
+    assert again.variance > 0 and again.variance_error is None
 
 
 def test_without_a_teacher_figures_against_it_are_absent(pipe: DistilledPipeline, judge: Judge) -> None:
     alone = DistilledPipeline(tokenizer=pipe.tokenizer, student=pipe.student)
     (row,) = evaluate(alone, {"1": alone.plan(1)}, judge, model="tiny", num=8, show_progress=False).rows
-    assert row.frechet > 0 and (row.ratio, row.control_share, row.variance) == (None, None, None)
+    assert row.frechet > 0 and (row.ratio, row.control_share) == (row.variance, row.variance_error) == (None, None)
 
 
 def test_half_precision_is_judged_by_the_images_that_a_call_gives(judge: Judge) -> None:

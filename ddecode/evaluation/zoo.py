@@ -57,7 +57,7 @@ PERMUTED = 1
 PLANNED = 4
 """The stream of S, the same for all plans, so that they differ by what they are and less by what they drew."""
 GROUPS = 20
-"""Of samples, for the standard error of E."""
+"""Of samples, for the standard errors."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +82,8 @@ class ZooRow:
     """None where there is one class."""
     variance: float | None
     """Intra-class variance over the teacher's."""
+    variance_error: float | None
+    """Its standard error, of both sets; None too for under 40 samples."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -228,16 +230,17 @@ def evaluate(
 
     def row(name: str, seen: Seen, *, planned: bool = True) -> ZooRow:
         frechet = frechet_distance(seen.gaussian, judge.real)
-        share = ratio = variance = versus = error = versus_error = None
+        share = ratio = variance = versus = error = versus_error = variance_error = None
         if teacher is not None:
             ratio = frechet / frechet_distance(teacher.gaussian, judge.real)
-            variance = intra_class_variance(seen.features_NF, labels_N) / intra_class_variance(
-                teacher.features_NF, labels_N
-            )
-            sets_NF = [each.features_NF for each in (seen, teacher, other, control_seen)]
-            share = share_of(*sets_NF)
-            values_G = jackknife(share_of, *sets_NF, groups=GROUPS) if num >= 2 * GROUPS else np.zeros(0)
-            error = jackknife_error(values_G) if len(values_G) else None
+            spread_sets = seen.features_NF, teacher.features_NF, labels_N
+            share_sets = tuple(each.features_NF for each in (seen, teacher, other, control_seen))
+            variance, share = variance_of(*spread_sets), share_of(*share_sets)
+            values_G = np.zeros(0)
+            if num >= 2 * GROUPS:
+                values_G = jackknife(share_of, *share_sets, groups=GROUPS)
+                error = jackknife_error(values_G)
+                variance_error = jackknife_error(jackknife(variance_of, *spread_sets, groups=GROUPS))
             if shares:
                 first, first_G = shares[0]
                 versus = share - first
@@ -255,6 +258,7 @@ def evaluate(
             versus_first_error=versus_error,
             accuracy=seen.accuracy,
             variance=variance,
+            variance_error=variance_error,
         )
 
     rows = []
@@ -297,6 +301,11 @@ def share_of(plan_NF: np.ndarray, teacher_NF: np.ndarray, other_NF: np.ndarray, 
     return control_share(*(frechet_distance(fit_gaussian(each), whole) for each in (plan_NF, other_NF, control_NF)))
 
 
+def variance_of(plan_NF: np.ndarray, teacher_NF: np.ndarray, labels_N: np.ndarray) -> float:
+    """Of the features of S and T, which share their labels."""
+    return intra_class_variance(plan_NF, labels_N) / intra_class_variance(teacher_NF, labels_N)
+
+
 def permute_within_class(embeddings_NLC: Tensor, labels_N: np.ndarray, seed: int) -> Tensor:
     """The control P: at every position, the tokens of a class change owners independently."""
     rng = np.random.default_rng(seed)
@@ -313,7 +322,7 @@ def table(result: ZooResult) -> str:
     lines = [
         f"protocol zoo, n {result.num} a set, seed {result.seed}, features {result.feature_hash}",
         f"{'plan':34} {'passes':>6} {'FD real':>8} {'ratio':>6} {'E':>8} {'±':>6} "
-        f"{'vs first':>8} {'±':>6} {'accuracy':>8} {'variance':>8}",
+        f"{'vs first':>8} {'±':>6} {'accuracy':>8} {'variance':>8} {'±':>6}",
     ]
 
     def cell(value: float | None, form: str) -> str:
@@ -325,6 +334,7 @@ def table(result: ZooResult) -> str:
             f"{row.plan:34} {passes:>6} {row.frechet:8.3f} {cell(row.ratio, '.2f'):>6} "
             f"{cell(row.control_share, '.2%'):>8} {cell(row.control_share_error, '.2%'):>6} "
             f"{cell(row.versus_first, '.2%'):>8} {cell(row.versus_first_error, '.2%'):>6} "
-            f"{cell(row.accuracy, '.2%'):>8} {cell(row.variance, '.3f'):>8}"
+            f"{cell(row.accuracy, '.2%'):>8} {cell(row.variance, '.3f'):>8} "
+            f"{cell(row.variance_error, '.3f'):>6}"
         )
     return "\n".join(lines)
