@@ -107,7 +107,7 @@ def to_folder(source: str, kind: str, out: Path, tokenizer: str | None, options:
     check_options(options, (*family.SIZE_OPTIONS, *(("starts", "split") if is_student else ())), kind)
     check_new(out)
     sizes = {name: value for name, value in options.given.items() if name in family.SIZE_OPTIONS}
-    part = ConvertedPart.of(kind, state, sizes)
+    part = ConvertedPart.of(kind, state, adapter_of(kind).untold(source, sizes))
     parts = {part.name: part}
     if tokenizer is not None:
         tokenizer_kind = f"{family_of(kind)}-tokenizer"

@@ -13,7 +13,7 @@ from ddecode.staggered_student import StaggeredStudent
 from ddecode.student import DD1Student, Student
 from ddecode.types import Backbone, Tokenizer
 from ddecode.wavefront_student import WavefrontStudent
-from third_party_loaders.state import StateOrPath, check_names, meta_module, read_state
+from third_party_loaders.state import StateOrPath, check_names, file_name, meta_module, read_state
 
 STUDENT_NAMES = {
     "layerwise_n_d_embed.": "indicator_maps.",
@@ -71,6 +71,10 @@ def no_buffers(config: Any) -> dict[str, Tensor]:
     return {}
 
 
+def no_sizes(file_name: str) -> dict[str, Any]:
+    return {}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Adapter:
     """One kind of upstream's states: what it is called, how it is sized, and its names there and here."""
@@ -84,6 +88,8 @@ class Adapter:
     """A pattern of upstream's names that a state may lack or have: constants and derived buffers."""
     config: Callable[..., Any]
     """Sizes from an upstream state and what it does not tell."""
+    told: Callable[[str], dict[str, Any]] = no_sizes
+    """What the name of a published file tells of sizes that the state does not."""
     blank: Callable[[Any], nn.Module]
     """A module of these sizes; called on the meta device."""
     rename: Callable[[Mapping[str, Tensor], Any], dict[str, Tensor]]
@@ -108,14 +114,19 @@ class Adapter:
         check_names(required, given, self.title)
         return self.rename(state, config)
 
-    def read(self, source: StateOrPath, *sizes: Any) -> tuple[Any, dict[str, Tensor]]:
-        """The sizes and, under our names, the tensors of an upstream state or file; `sizes` are those it does not tell.
+    def untold(self, source: StateOrPath, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Sizes that the state itself does not tell: as given, where that is not None, or else as its file is named."""
+        return self.told(file_name(source)) | {name: value for name, value in given.items() if value is not None}
+
+    def read(self, source: StateOrPath, **sizes: Any) -> tuple[Any, dict[str, Tensor]]:
+        """The sizes and, under our names, the tensors of an upstream state or file; `sizes` are those it does not tell,
+        see `untold`.
 
         Raises:
             ValueError: it cannot be read, or see `own`.
         """
         state = read_state(source, self.preferred)
-        config = self.config(state, *sizes)
+        config = self.config(state, **self.untold(source, sizes))
         return config, self.own(state, config)
 
     def upstream(self, own: Mapping[str, Tensor], config: Any) -> dict[str, Tensor]:

@@ -5,6 +5,7 @@ B batch, L token positions, V codes, C code width, D model width.
 
 import dataclasses
 import functools
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -127,7 +128,7 @@ def transformer_config(
     """Sizes from shapes; heads and tokens from the arguments or the published values. A student reads code vectors.
 
     Raises:
-        ValueError: the state is no LlamaGen transformer.
+        ValueError: the state is no LlamaGen transformer, or its rotary factors are of another number of tokens.
     """
     try:
         vocab_size, width = shape_of(state, "output.weight", 2)
@@ -142,6 +143,11 @@ def transformer_config(
     heads = PUBLISHED_HEADS.get((width, depth)) or max(1, width // 64)
     caption = state.get("cls_embedding.uncond_embedding")
     labels = state.get("cls_embedding.embedding_table.weight")
+    if "freqs_cis" in state:  # some files have it: a row for each position, the condition's first
+        tokens = shape_of(state, "freqs_cis", 3)[0] - (1 if caption is None else len(caption))
+        if block_size not in (None, tokens):
+            raise ValueError(f"this LlamaGen transformer has {tokens} tokens by its freqs_cis, not {block_size}")
+        block_size = tokens
     return TransformerConfig(
         vocab_size=vocab_size,
         width=width,
@@ -154,6 +160,12 @@ def transformer_config(
         caption_length=120 if caption is None else caption.shape[0],
         mlp_width=mlp_width,
     )
+
+
+def sizes_of_name(file_name: str) -> dict[str, Any]:
+    """Tokens of a published file, such as c2i_B_256.pt and c2i_B_384.pt, whose states have the same shapes."""
+    pixels = re.fullmatch(r"[ct]2i_\w+_(256|384|512)\.\w+", file_name)
+    return {"block_size": (int(pixels[1]) // 16) ** 2} if pixels else {}
 
 
 def tokenizer_config(state: Mapping[str, Tensor]) -> VQConfig:
@@ -202,6 +214,7 @@ ADAPTERS = {
         part="teacher",
         optional="freqs_cis",
         config=transformer_config,
+        told=sizes_of_name,
         blank=LlamaGenTransformer,
         rename=lambda state, config: own_transformer_state(state),
         restore=dict,
@@ -265,7 +278,8 @@ def load_llamagen(
         model: the transformer; c2i or t2i by its keys.
         tokenizer: the VQ model.
         n_head: attention heads; None is the published number for a published (width, depth), else head width 64.
-        block_size: L; None is 256.
+        block_size: L; None is as the file has it in its rotary factors or, published, in its name (c2i_XL_384.pt: 576),
+            else 256.
 
     Returns:
         A `Teacher` in evaluation mode, fp32, on the CPU.
@@ -273,7 +287,7 @@ def load_llamagen(
     Raises:
         ValueError: keys are missing, extra or misshapen.
     """
-    config, state = ADAPTERS["llamagen"].read(model, n_head, block_size)
+    config, state = ADAPTERS["llamagen"].read(model, n_head=n_head, block_size=block_size)
     return build_teacher(config, load_tokenizer(tokenizer), state, Recipe())
 
 
@@ -282,5 +296,5 @@ def load_llamagen_student(
 ) -> Student:
     """A DD1 student from the published layout (`{'ema': ..., 'model': ...}` or the bare state); its starts are those
     of `student_spans`."""
-    config, state = ADAPTERS["dd1-llamagen"].read(model, n_head, block_size)
+    config, state = ADAPTERS["dd1-llamagen"].read(model, n_head=n_head, block_size=block_size)
     return build_student(config, tokenizer, state, starts=student_spans(config)[0], split=split)

@@ -66,6 +66,19 @@ def title(source: StateOrPath) -> str:
     return "the state" if isinstance(source, Mapping) else str(source)
 
 
+def file_name(source: StateOrPath) -> str:
+    """Of the file that a state lies in; empty where there is none, or it is not known before it is read."""
+    if isinstance(source, Mapping):
+        return ""
+    path = Path(source)
+    if not path.is_dir():
+        return path.name
+    try:
+        return choose([file.name for file in path.iterdir() if file.is_file()], str(path))
+    except ValueError:  # which reading it will say
+        return ""
+
+
 def read_tree(source: StateOrPath) -> Mapping[str, Any]:
     """What a file or a folder holds, wrappers and all; a dict is itself."""
     if isinstance(source, Mapping):

@@ -337,7 +337,7 @@ def student_spans(config: VARConfig) -> tuple[tuple[int, ...], int]:
 
 def load_tokenizer(source: StateOrPath, patch_nums: tuple[int, ...]) -> MultiScaleVQ:
     """A multi-scale tokenizer from upstream's state or file, in evaluation mode, fp32, on the CPU."""
-    return build_tokenizer(*ADAPTERS["var-tokenizer"].read(source, patch_nums))
+    return build_tokenizer(*ADAPTERS["var-tokenizer"].read(source, patch_nums=patch_nums))
 
 
 def load_var(model: StateOrPath, tokenizer: StateOrPath, patch_nums: tuple[int, ...] | None = None) -> Teacher:
@@ -354,7 +354,7 @@ def load_var(model: StateOrPath, tokenizer: StateOrPath, patch_nums: tuple[int, 
     Raises:
         ValueError: keys are missing, extra or misshapen, or the scales do not fit.
     """
-    config, state = ADAPTERS["var"].read(model, patch_nums)
+    config, state = ADAPTERS["var"].read(model, patch_nums=patch_nums)
     return build_teacher(config, load_tokenizer(tokenizer, config.patch_nums), state, Recipe())
 
 
@@ -363,5 +363,5 @@ def load_var_student(
 ) -> Student:
     """A DD1 student from the published layout (`{'trainer': {'ema_parameters': ...}}` or the bare state); its starts
     are those of `student_spans`."""
-    config, state = ADAPTERS["dd1-var"].read(model, patch_nums)
+    config, state = ADAPTERS["dd1-var"].read(model, patch_nums=patch_nums)
     return build_student(config, tokenizer, state, starts=student_spans(config)[0], split=split)

@@ -13,8 +13,9 @@ A checkpoint in upstream's layout becomes a model folder; a model folder becomes
 tokenizer.safetensors in upstream's layout, the same bits that came in. What STATE is gets judged first."""
 EPILOG = """\
 Students start, and go over from tokens to vectors, where the published ones of their size do: VAR d16 at 55 tokens,
-d20 to d30 at 30; LlamaGen starts at 80, and goes over at 80 (B) or 130 (L and larger). Of other lengths: at the middle
-scale (VAR) or a third of the tokens (LlamaGen). Give --starts and --split where it was trained otherwise."""
+d20 and d24 at 30, which d30 follows; LlamaGen starts at 80, and goes over at 80 (B) or 130 (L, which larger ones follow).
+Of other lengths: at the middle scale (VAR) or a third of the tokens (LlamaGen). Give --starts and --split where it was
+trained otherwise."""
 
 
 def add_parser(verbs: Any) -> None:
@@ -33,7 +34,9 @@ def add_parser(verbs: Any) -> None:
     parser.add_argument("--tokenizer", metavar="STATE", help="upstream's tokenizer, to go into the folder")
     parser.add_argument("--patch-nums", type=numbers, metavar="N,N,...", help="VAR: side of each scale's grid")
     parser.add_argument("--n-head", type=at_least(1), help="LlamaGen: heads (default: of the published size)")
-    parser.add_argument("--block-size", type=at_least(1), help="LlamaGen: tokens (default: 256)")
+    parser.add_argument(
+        "--block-size", type=at_least(1), help="LlamaGen: tokens (default: of the published file's name, else 256)"
+    )
     parser.add_argument("--starts", type=numbers, metavar="N,N,...", help="students: tokens it goes on from")
     parser.add_argument("--split", type=at_least(0), help="students: positions before it are tokens, the rest vectors")
     parser.set_defaults(run=run)

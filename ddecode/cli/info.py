@@ -89,7 +89,7 @@ def upstream_facts(source: str) -> dict[str, Any]:
         "dtype": types_of(weights),
     }
     try:
-        sizes = adapter.config(found.tensors)
+        sizes = adapter.config(found.tensors, **adapter.untold(source, {}))
         adapter.own(found.tensors, sizes)
     except ValueError as error:
         return facts | {"problem": str(error)}

@@ -17,6 +17,9 @@ from tiny import C, L, make_student, make_teacher, seeded
 from torch import Tensor
 from torch.nn import functional as F
 
+from ddecode.cli.info import upstream_facts
+from ddecode.conversion import Options, convert
+from ddecode.files import read_json
 from ddecode.student import Student
 from ddecode.teacher import Teacher
 from third_party_loaders import load_dd1_student, load_llamagen
@@ -276,6 +279,34 @@ def test_old_buffers_are_optional(states: dict[str, dict[str, Tensor]]) -> None:
     tokenizer = {n: t for n, t in states["tokenizer"].items() if n != "quantize.codebook_used"}
     model = states["model"] | {"freqs_cis": torch.zeros(17, 8, 2)}
     assert same_logits(load(states), load(states, model=model, tokenizer=tokenizer))
+
+
+def test_rotary_factors_tell_how_many_tokens_there_are(states: dict[str, dict[str, Tensor]]) -> None:
+    model = states["model"] | {"freqs_cis": torch.zeros(26, 8, 2)}
+    teacher = load_llamagen(model, states["tokenizer"], n_head=2)
+    assert teacher.length == 25
+    with pytest.raises(ValueError, match="has 25 tokens by its freqs_cis, not 16"):
+        load_llamagen(model, states["tokenizer"], n_head=2, block_size=16)
+    with pytest.raises(ValueError, match="misshapen freqs_cis"):
+        load_llamagen(model | {"freqs_cis": torch.zeros(())}, states["tokenizer"], n_head=2)
+
+
+@pytest.mark.parametrize(
+    ("name", "length"),
+    [("c2i_B_256.pt", 256), ("c2i_XL_384.pt", 576), ("t2i_XL_stage2_512.pt", 1024), ("mine_384.pt", 256)],
+)
+@pytest.mark.parametrize("whole_folder", [False, True])
+def test_a_published_name_tells_how_many_tokens_there_are(
+    name: str, length: int, whole_folder: bool, states: dict[str, dict[str, Tensor]], tmp_path: Path
+) -> None:
+    """States of 256, 384 and 512 pixels have the same shapes."""
+    torch.save({"model": states["model"]}, tmp_path / name)
+    source = tmp_path if whole_folder else tmp_path / name
+    assert load_llamagen(source, states["tokenizer"], n_head=2).length == length
+    assert load_llamagen(source, states["tokenizer"], n_head=2, block_size=16).length == 16
+    assert upstream_facts(str(source))["sizes"]["tokens"] == length
+    convert(source, "llamagen", tmp_path / "out", options=Options(n_head=2))
+    assert read_json(tmp_path / "out" / "config.json")["teacher"]["backbone"]["tokens"] == length
 
 
 def test_a_student_loads_from_its_average(states: dict[str, dict[str, Tensor]]) -> None:
