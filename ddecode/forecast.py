@@ -1,20 +1,26 @@
-"""What making pairs will cost here: time, disk and memory, measured on a few small batches before the long run.
-
-B batch, L token positions.
+"""What making pairs and training will cost here: time, disk and memory, measured on a few small batches before the long
+run.
 """
 
+import json
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
-import torch
-
-from ddecode.machine import clock, peak_bytes
-from ddecode.pairs import Manifest, noise_of, shard_bytes
-from ddecode.randomness import sample_seed
+from ddecode.config import DistillConfig
+from ddecode.distillation import distill
+from ddecode.machine import clock, peak_bytes, reset_peak
+from ddecode.pairs import Manifest, make_batch, shard_bytes
+from ddecode.processes import launch
 from ddecode.teacher import Teacher
-from ddecode.trajectory import resolve
+from ddecode.training_config import TrainingConfig
 
 GIB = 2**30
+FIRST_BATCH = 4
+"""Of training, timed to see how large a one may follow."""
+WARMUP_STEPS, TIMED_STEPS = 2, 4
+"""Of training; the second compiles anew where sizes change. Together they go through the run's schedule of weights."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,13 +78,118 @@ def forecast(teacher: Teacher, manifest: Manifest, *, patience_s: float = 20.0) 
     )
 
 
-@torch.no_grad()
 def run(teacher: Teacher, manifest: Manifest, batch: int) -> float:
     """Seconds for one batch of pairs."""
-    seeds = [sample_seed(manifest.seed, i) for i in range(batch)]
-    labels = torch.arange(batch) % manifest.num_classes
     begin = clock(teacher.device)
-    noise_BLC = noise_of(seeds, (manifest.length, manifest.code_width))
-    with torch.autocast(teacher.device.type, torch.bfloat16, enabled=manifest.precision == "bf16"):
-        resolve(teacher, noise_BLC, labels, **manifest.recipe, num_steps=manifest.num_steps)
+    make_batch(teacher, manifest, range(batch))
     return clock(teacher.device) - begin
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingForecast:
+    """The cost of a distillation, on this machine with one process; previews are left out."""
+
+    steps: int
+    seconds: float
+    tuning_seconds: float
+    """Of DD2's first stage; 0 without one."""
+    memory_bytes: int
+    disk_bytes: int
+    """Two checkpoints and the model."""
+    batch: int
+    measured_batch: int
+    """Time and memory are extrapolated from it where it is smaller."""
+    device: str
+
+    def __str__(self) -> str:
+        measured = f"measured at batch {self.measured_batch}"
+        if self.measured_batch < self.batch:
+            measured += f", extrapolated to the recipe's {self.batch}"
+        first = f", after {self.tuning_seconds / 3600:.2f} of the first stage" if self.tuning_seconds else ""
+        return (
+            f"{self.steps} steps of {self.batch} on one {self.device}: {self.seconds / 3600:.2f} hours "
+            f"({self.seconds / self.steps:.2f} s a step){first}, {self.memory_bytes / GIB:.1f} GiB of memory, "
+            f"{self.disk_bytes / GIB:.3f} GiB on disk ({measured})"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """A few steps of a training."""
+
+    batch: int
+    seconds: float
+    """Of a step."""
+    tuning_seconds: float
+    """Of a step of DD2's first stage."""
+    memory_bytes: int
+    disk_bytes: int
+
+
+def forecast_training(config: DistillConfig, pairs_folder: Path, *, patience_s: float = 40.0) -> TrainingForecast:
+    """Train a few steps of a small batch, and then of the largest one, up to the recipe's, that a step of takes no more
+    than an eighth of `patience_s`.
+
+    A larger batch is never slower for each sample, so the time is an upper bound where it is extrapolated. The
+    teacher's probabilities are worked out anew, as in the first epoch; what is cached of them (`objective.cache_gib`)
+    makes later ones faster and is counted as memory. Real images of an adversarial term are left out.
+
+    Args:
+        config: the recipe.
+        pairs_folder: pairs of its teacher, of which a few are enough.
+
+    Raises:
+        ValueError: see `ddecode.distillation.distill`.
+    """
+    batch, objective = config.training.batch, config.objective
+    first = last = trial(config, pairs_folder, min(batch, FIRST_BATCH))
+    fits = int(patience_s / 8 / first.seconds * first.batch)
+    if min(batch, fits) > first.batch:
+        last = trial(config, pairs_folder, min(batch, fits))
+    grown = last.batch - first.batch
+    slope = (last.memory_bytes - first.memory_bytes) / grown if grown else 0.0
+    tuning = objective.score.tuning if objective.score.weight else None
+    return TrainingForecast(
+        steps=config.training.steps,
+        seconds=last.seconds * batch / last.batch * config.training.steps,
+        tuning_seconds=last.tuning_seconds * tuning.batch / last.batch * tuning.steps if tuning else 0.0,
+        memory_bytes=int(last.memory_bytes + slope * (batch - last.batch) + objective.cache_gib * GIB),
+        disk_bytes=last.disk_bytes,
+        batch=batch,
+        measured_batch=last.batch,
+        device=launch().device.type,
+    )
+
+
+def trial(config: DistillConfig, pairs_folder: Path, batch: int) -> Trial:
+    """Train a few steps of this batch in a folder that does not stay."""
+    objective, score = config.objective, config.objective.score
+    steps = WARMUP_STEPS + TIMED_STEPS * score.updates
+
+    def shortened(training: TrainingConfig) -> TrainingConfig:
+        return replace(training, steps=steps, batch=batch, log_every=1, save_every=steps, preview_every=0, report_to=())
+
+    score = replace(score, tuning=None if score.tuning is None else shortened(score.tuning))
+    objective = replace(objective, score=score, adversarial=replace(objective.adversarial, images=None))
+    short = replace(config, training=shortened(config.training), objective=objective)
+    reset_peak(launch().device)
+    with TemporaryDirectory() as aside:
+        run = Path(aside) / "run"
+        distill(short, pairs_folder, run, show_progress=False)
+        return Trial(
+            batch=batch,
+            seconds=seconds_of_a_step(run),
+            tuning_seconds=seconds_of_a_step(run / "tuning") if (run / "tuning").is_dir() else 0.0,
+            memory_bytes=peak_bytes(launch().device),
+            disk_bytes=2 * bytes_below(run / "checkpoint") + bytes_below(run / "model"),
+        )
+
+
+def seconds_of_a_step(run: Path) -> float:
+    """By a log of every step, without those that warm up."""
+    rows = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()][WARMUP_STEPS - 1 :]
+    return (rows[-1]["seconds"] - rows[0]["seconds"]) / (len(rows) - 1)
+
+
+def bytes_below(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
