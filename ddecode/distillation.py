@@ -31,7 +31,7 @@ from ddecode.previews import Preview
 from ddecode.processes import launch, meet, rank
 from ddecode.randomness import fresh_weights
 from ddecode.reporters import check_reporters
-from ddecode.run_folder import CRITICS, Checkpoint, sha256
+from ddecode.run_folder import CRITICS, Checkpoint, check_new, sha256
 from ddecode.student import Student
 from ddecode.teacher import Teacher
 from ddecode.training import Samples, train
@@ -208,6 +208,7 @@ def distill(
 
 def distill_alone(config: DistillConfig, pairs_folder: Path, run: Path, *, resume: bool, show_progress: bool) -> Path:
     """`distill`, where no other run is at work."""
+    check_new(run, resume=resume)
     folder = ModelFolder.open(config.teacher)
     pairs = Pairs(pairs_folder, teacher_hash=folder.teacher_hash())
     made_with, told = pairs.manifest.num_steps, config.pairs.num_steps
@@ -295,7 +296,8 @@ def module(part: object) -> nn.Module:
 
 
 def model_config(folder: ModelFolder, student: Student, config: DistillConfig) -> dict[str, object]:
-    """The teacher's `config.json` with the student's group put in."""
-    backbone = as_dict(student.backbone.config)
-    group = {"backbone": backbone, **student.options()}
-    return {k: v for k, v in folder.config.items() if k != "format"} | {"student": group}
+    """The teacher's `config.json` with the student's group put in, and the teacher sampled as its pairs were."""
+    tree = {key: value for key, value in folder.config.items() if key != "format"}
+    if config.pairs.recipe is not None:
+        tree["teacher"] = tree["teacher"] | {"recipe": as_dict(config.pairs.recipe)}
+    return tree | {"student": {"backbone": as_dict(student.backbone.config), **student.options()}}

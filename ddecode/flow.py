@@ -363,7 +363,7 @@ class Codes:
     def narrowed(self, weights_RA: Tensor) -> "Codes":
         """Without the codes of negligible weight, if that leaves few enough for each row to have its own."""
         V = weights_RA.shape[1]
-        if self.ids_RA is not None or V < FEWEST_TO_GATHER:
+        if self.ids_RA is not None or V < FEWEST_TO_GATHER or not len(weights_RA):
             return self
         # 1 and 0 as fp32: torch would copy booleans to int64, twice the size of the logits, before it sums them
         active_RV = torch.gt(weights_RA, NEGLIGIBLE / V, out=torch.empty_like(weights_RA))

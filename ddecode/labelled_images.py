@@ -67,7 +67,7 @@ class LabelledImages:
             raise ValueError(
                 f"{folder} holds both folders, which are classes, and images beside them: " + listed(loose, folder)
             )
-        found = [sorted(filter(is_image, c.rglob("*"))) for c in classes] or [loose]
+        found = [images_below(c) for c in classes] or [loose]
         for label, paths in zip(classes or [folder], found, strict=True):
             if not paths:
                 raise ValueError(f"{label} holds no images ({', '.join(SUFFIXES)})")
@@ -94,6 +94,12 @@ class LabelledImages:
 def is_image(path: Path) -> bool:
     """By its name."""
     return path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file()
+
+
+def images_below(folder: Path) -> list[Path]:
+    """At any depth, but for what begins with a dot and what lies in such a folder."""
+    found = filter(is_image, folder.rglob("*"))
+    return sorted(p for p in found if not any(part.startswith(".") for part in p.relative_to(folder).parts))
 
 
 def listed(paths: list[Path], folder: Path) -> str:

@@ -35,6 +35,8 @@ from ddecode.objectives.reconstruction import CountedTokenizer, ReconstructionOb
 from ddecode.own_images import AT_ONCE, ImageSamples, ImagesConfig, OwnImages, TokenSamples, spread
 from ddecode.processes import launch
 from ddecode.randomness import derived_seed, fresh_weights
+from ddecode.reporters import check_reporters
+from ddecode.run_folder import check_new
 from ddecode.teacher import Recipe, Teacher
 from ddecode.training import Objective, Preview, Samples, Shown, train
 from ddecode.training_config import TrainingConfig
@@ -58,8 +60,8 @@ class FeaturesConfig:
     def __post_init__(self) -> None:
         if not self.widths or min(self.widths) < 1:
             raise ValueError(f"own_teacher.features.widths must be numbers of at least 1, got {list(self.widths)}")
-        if self.blocks < 0:
-            raise ValueError(f"own_teacher.features.blocks must be at least 0, got {self.blocks}")
+        if self.blocks < 1:
+            raise ValueError(f"own_teacher.features.blocks must be at least 1, got {self.blocks}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -214,8 +216,8 @@ class OwnTeacherRun:
         def preview(average: nn.Module) -> tuple[np.ndarray, dict[str, float]]:
             return sampled(Teacher(average, tokenizer, family=config.family, recipe=recipe), kept_out)  # type: ignore[arg-type]
 
-        facts = {"own_teacher": as_dict(config)}
-        average = self.train("teacher", objective, samples, config.training, self.pictures("teacher", preview), **facts)
+        pictures = self.pictures("teacher", preview)
+        average = self.train("teacher", objective, samples, config.training, pictures, teacher=as_dict(config))
         return Teacher(average, tokenizer, family=config.family, recipe=recipe)  # type: ignore[arg-type]
 
     def pictures(self, stage: str, show: Callable[[Any], tuple[np.ndarray, Mapping[str, float]]]) -> Preview:
@@ -290,7 +292,7 @@ def train_teacher(
 
     Raises:
         ValueError: images that are not there or damaged, sizes that do not fit them, a run that is there already, is at
-            work there or is of another config; more than one process.
+            work there or is of another config; a library of `report_to` that is missing; more than one process.
         OSError: the disk is full, say.
     """
     check_kind("config", config, OwnTeacherConfig)
@@ -298,8 +300,9 @@ def train_teacher(
     if launch().num_processes > 1:
         raise ValueError("a teacher of one's own images is trained by one process")
     check_models(config)  # before anything is read
-    if not resume and any((out / stage / "checkpoint").exists() for stage in STAGES):
-        raise ValueError(f"{out} holds a run already; add --resume to go on with it, or choose another --out")
+    for stage in (config.features.training, config.tokenizer.training, config.training):
+        check_reporters(stage.report_to)
+    check_new(out, STAGES, resume=resume)
     with held(out):
         images = OwnImages.read(folder, config.images, out / "images", show_progress=show_progress)
         run = OwnTeacherRun(config=config, images=images, out=out, resume=resume, show_progress=show_progress)

@@ -222,7 +222,8 @@ class DistilledPipeline:
             check_device(place)
         for kind in dtypes:
             check_dtype(kind)
-        for part in (self.tokenizer, *self.models.values()):
+        own = (model.tokenizer for model in self.models.values() if isinstance(model, Student))
+        for part in (self.tokenizer, *self.models.values(), *own):
             if devices and isinstance(part, nn.Module | Teacher):
                 part.to(devices[0])
         for module in self.sampled():
@@ -332,7 +333,7 @@ class DistilledPipeline:
         Args:
             class_labels: int, list or LongTensor [B].
             num_inference_steps: student passes (1 if nothing is given), or "teacher" for plain AR sampling.
-            plan: instead of them, a plan's text, such as "student:0-64,student:20-64".
+            plan: instead of them, a plan's text, such as "student:0-64,student:32-64".
             generator: one `torch.Generator`, a list of B, or None for torch's global one. Sample i's noise is
                 `torch.randn(L, C, generator=g_i)`; with one generator it is drawn sample by sample.
             output_type: see `PipelineOutput`.

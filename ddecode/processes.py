@@ -114,8 +114,6 @@ def mean_of_all(total: Tensor, count: Tensor | int) -> Tensor:
 
 def mean_where(values_BL: Tensor, open_BL: Tensor, dim: int | None = None) -> Tensor:
     """Mean over all processes' open positions (1, not 0), along one dimension or both; 0 where none is."""
-    if dim is None:
-        return mean_of_all((values_BL * open_BL).sum(), open_BL.sum())
     return mean_of_all((values_BL * open_BL).sum(dim), open_BL.sum(dim))
 
 

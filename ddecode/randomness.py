@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def derived_seed(*parts: int) -> int:
-    """A 63-bit seed that depends on all parts (non-negative ints), and on nothing else."""
+    """A 63-bit seed that depends on all parts (non-negative ints) but zeros at the end, and on nothing else."""
     return int(np.random.SeedSequence(list(parts)).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 

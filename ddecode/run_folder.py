@@ -5,7 +5,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,15 @@ STATE, OPTIMIZER, CRITICS = "state.json", "optimizer.pt", "critics.safetensors"
 def sha256(path: Path) -> str:
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def check_new(run: Path, stages: Iterable[str] = ("",), *, resume: bool) -> None:
+    """
+    Raises:
+        ValueError: there is a run in this folder, or one of its stages, and it shall not go on.
+    """
+    if not resume and any(Checkpoint(run / stage).exists() for stage in stages):
+        raise ValueError(f"{run} holds a run already; add --resume to go on with it, or choose another --out")
 
 
 class Checkpoint:

@@ -10,7 +10,7 @@ N images of a set, B of a batch, H W image height and width.
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -29,6 +29,7 @@ from ddecode.pipeline import DistilledPipeline
 from ddecode.plan import Plan
 from ddecode.processes import in_turn, meet, rank, share
 from ddecode.randomness import derived_seed, sample_generators
+from ddecode.student import Student
 from ddecode.teacher import Teacher
 
 Labelling = Literal["balanced", "uniform"]
@@ -43,7 +44,7 @@ class Settings:
 
     model: str
     model_hash: str
-    """Of the weights that take part."""
+    """Of the models that take part, see `weights_hash`."""
     plan: str
     recipe: dict[str, Any]
     """Guidance and filtering of teacher spans."""
@@ -126,16 +127,25 @@ def make_settings(
 
 
 def weights_hash(pipe: DistilledPipeline, plan: Plan) -> str:
-    """SHA-256 over the weights that the images of a plan depend on, 16 hex digits."""
+    """SHA-256 over weights and sizes that the images of a plan depend on, 16 hex digits."""
     digest = hashlib.sha256()
     parts: dict[str, Any] = {"tokenizer": pipe.tokenizer} | {span.who: pipe.models[span.who] for span in plan.spans}
     for who, part in sorted(parts.items()):
         module = part.backbone if isinstance(part, Teacher) else part
+        digest.update(json.dumps([who, sizes_of(module)], default=str).encode())
         state = module.state_dict() if isinstance(module, nn.Module) else {}
         for name, tensor in sorted(state.items()):
             digest.update(f"{who}.{name}".encode())
             digest.update(tensor.cpu().flatten().view(torch.uint8).numpy().tobytes())  # numpy knows no bf16
     return digest.hexdigest()[:16]
+
+
+def sizes_of(module: Any) -> list[Any]:
+    """What equal weights may yet differ in: heads, say, or the map's evaluations."""
+    backbone = module.backbone if isinstance(module, Student) else module
+    config = getattr(backbone, "config", None)  # of one's own backbone or tokenizer there need be none
+    sizes = as_dict(config) if is_dataclass(config) else config
+    return [sizes, module.options() if isinstance(module, Student) else None]
 
 
 def batches_of(num: int, batch: int) -> list[range]:

@@ -1,5 +1,5 @@
-"""What two kinds of student share that stand where their teacher does: a position sees only what lies before it, as
-tokens where these are resolved and as noise where they are not.
+"""What three kinds of student share that stand where their teacher does (drafting, wavefront, DD2's): a position sees
+only what lies before it, as tokens where these are resolved and as noise where they are not.
 
 B batch, L token positions, M input positions behind the condition, C code width, D model width.
 """
@@ -57,7 +57,7 @@ class ShiftedStudent(Student):
         condition = backbone.condition(labels_B)
         sequence_BNC = sequence_BLC[:, :read]
         resolved_BN = torch.arange(read, device=start_B.device) < start_B[:, None]
-        most = min(int(start_B.max()), read)
+        most = min(max(start_B.tolist(), default=0), read)
         ids_BN = F.pad(nearest_code(sequence_BNC[:, :most], self.codebook_VC), (0, read - most))
         inputs = torch.cat([condition.prefix_BPD, self.inputs(sequence_BNC, ids_BN, resolved_BN, start_B)], 1)
         return Opening(

@@ -1,5 +1,6 @@
 """Students: what they have in common, and DD1's, new inputs and two heads around a teacher's own backbone
-(arXiv 2412.17153, section 3.2). The other kinds are in `ddecode.draft_student` and `ddecode.dd2_student`.
+(arXiv 2412.17153, section 3.2). The other kinds are in `ddecode.draft_student`, `ddecode.staggered_student`,
+`ddecode.wavefront_student` and `ddecode.dd2_student`.
 
 B batch, L token positions, P condition positions, V codes, C code width, D model width.
 """
@@ -255,7 +256,7 @@ def straight_through(ids_BN: Tensor, weights_BNV: Tensor, codebook_VC: Tensor) -
 
 
 def kept_layers(depth: int, kept: int) -> list[int]:
-    """Indices of `kept` layers out of `depth`, evenly spaced, first and last among them."""
+    """Indices of `kept` layers out of `depth`, evenly spaced, first and last among them; of one layer the first."""
     if not 1 <= kept <= depth:
         raise ValueError(f"a student of {kept} layers cannot be cut from a teacher of {depth}")
     return [round(i * (depth - 1) / max(1, kept - 1)) for i in range(kept)]

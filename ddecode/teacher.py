@@ -7,6 +7,7 @@ import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -333,9 +334,7 @@ class Teacher:
         Raises:
             ValueError: the position is no step boundary.
         """
-        boundaries = [0]
-        for count in self.steps:
-            boundaries.append(boundaries[-1] + count)
+        boundaries = [0, *accumulate(self.steps)]
         if position not in boundaries:
             raise ValueError(f"{position} is no step boundary of this teacher; those are {boundaries}")
         return boundaries.index(position)

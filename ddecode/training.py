@@ -28,7 +28,7 @@ from ddecode.config import decisive
 from ddecode.processes import launch, rank, world
 from ddecode.randomness import StepGenerator, derived_seed
 from ddecode.reporters import opened_reports
-from ddecode.run_folder import Checkpoint, Log
+from ddecode.run_folder import Checkpoint, Log, check_new
 from ddecode.sharding import Sharded, fsdp_options, whole
 from ddecode.training_config import TrainingConfig
 
@@ -151,8 +151,7 @@ def train(
     if main:
         checkpoint.restore()
     accelerator.wait_for_everyone()
-    if checkpoint.exists() and not resume:
-        raise ValueError(f"{run} holds a run already; add --resume to go on with it, or choose another --out")
+    check_new(run, resume=resume)
     run.mkdir(parents=True, exist_ok=True)
     identity = decisive(identity) | told(accelerator)
 

@@ -155,6 +155,8 @@ def test_out_of_memory_is_one_line_and_other_faults_of_ours_are_not_hidden(
     )
     for error in (MemoryError(), torch.OutOfMemoryError("CUDA out of memory.\nTried"), RuntimeError(words)):
         assert "smaller batches" in fail(error)(capsys, "sample", "tiny", "--out", "new.png")
+    fail(RuntimeError("InvalidCxxCompiler: No working C++ compiler found in torch._inductor.config.cpp.cxx: (None,)"))
+    assert "training.compile=false" in refused(capsys, "sample", "tiny", "--out", "new.png")
     fail(RuntimeError("a bug"))
     with pytest.raises(RuntimeError, match="a bug"):
         main(["sample", "tiny", "--out", "new.png"])

@@ -210,7 +210,9 @@ def test_terms_are_of_the_teacher_as_the_pairs_have_it(
 
     monkeypatch.setattr(kind, "__init__", recorded)
     distill(recipe, tmp_path / "others", tmp_path / "run", show_progress=False)
-    assert found == [Recipe(guidance_scale=3.0, top_k=5)]
+    own = Recipe(guidance_scale=3.0, top_k=5)
+    assert found == [own]
+    assert DistilledPipeline.from_pretrained(tmp_path / "run" / "model").recipe == own, "its teacher is sampled so, too"
 
 
 def test_the_guidance_network_starts_from_the_first_stage(
@@ -246,6 +248,14 @@ def test_dd2s_own_student_starts_from_the_first_stage_too(
     distill(recipe_of(model, tmp_path, *SCORE, *OWN_STUDENT), pairs, tmp_path / "run", show_progress=False)
     tuned = load_file(tmp_path / "run" / "tuning" / "checkpoint" / "ema.safetensors")["head.output.weight"]
     assert torch.equal(students[0], tuned)
+
+
+def test_a_run_that_is_there_is_told_before_anything_is_trained(model: Path, pairs: Path, tmp_path: Path) -> None:
+    distill(recipe_of(model, tmp_path, "training.steps=1"), pairs, tmp_path / "run", show_progress=False)
+    before = tree_of(tmp_path / "run")
+    with pytest.raises(ValueError, match="holds a run already"):
+        distill(recipe_of(model, tmp_path, *SCORE), pairs, tmp_path / "run", show_progress=False)
+    assert tree_of(tmp_path / "run") == before
 
 
 def test_a_drafting_student_needs_pairs_of_its_own_map(model: Path, pairs: Path, tmp_path: Path) -> None:

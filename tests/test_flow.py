@@ -310,6 +310,7 @@ def test_empty_batch_and_few_steps() -> None:
     codes = unit_codes(32, 8)
     assert noise_to_tokens(torch.empty(0, 3, 8), torch.empty(0, 3, 32), codes).shape == (0, 3)
     assert noise_to_tokens(torch.empty(3, 0, 8), torch.empty(3, 0, 32), codes).shape == (3, 0)
+    assert noise_to_tokens(torch.empty(0, 3, 8), torch.empty(0, 3, 4096), unit_codes(4096, 8)).shape == (0, 3)
     for num_steps in (1, 2, 3, 5):
         ids = tokens(noise_RC(20, 8), random_log_p(20, 32, 1.0), codes, num_steps)
         assert ids.min() >= 0 and ids.max() < 32

@@ -27,6 +27,8 @@ def folder(tmp_path: Path) -> Path:
     (tmp_path / "images" / "class0" / "notes.txt").write_text("no image")
     (tmp_path / "images" / "class0" / "._0.png").write_text("what some systems leave behind")
     (tmp_path / "images" / ".cache").mkdir()
+    write_image(tmp_path / "images" / "class0" / ".thumbnails" / "0.png", 1)
+    write_image(tmp_path / "images" / "class0" / ".thumbnails" / "small" / "0.png", 1)
     return tmp_path / "images"
 
 

@@ -97,6 +97,21 @@ def test_the_own_prefix_is_what_sampling_in_two_steps_keeps(
     assert not all(is_first) and not all(is_second)
 
 
+@pytest.mark.parametrize("kind", ["draft", "dd1"])
+def test_a_process_without_an_own_prefix_makes_a_pass_that_nobody_reads(
+    kind: str, teacher: Teacher, features: FeatureNetwork, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    student = make_draft_student(teacher) if kind == "draft" else make_student(teacher)
+    objective = StudentObjective(student, ObjectiveConfig(energy=1.0, own_prefix=0.5), features=features)
+    monkeypatch.setattr("ddecode.objectives.student.any_of_all", lambda own_B: True)
+    codes = F.embedding(IDS, student.codebook_VC)
+    own = torch.zeros(len(IDS), dtype=torch.bool)
+    assert torch.equal(objective.first_pass(codes, NOISE, LABELS, own), codes)
+    own[1] = True
+    prefix = objective.first_pass(codes, NOISE, LABELS, own)
+    assert torch.equal(prefix[1:2], student.emit(NOISE[1:2], LABELS[1:2], 0, L)) and torch.equal(prefix[0], codes[0])
+
+
 def test_the_own_prefix_takes_no_part_in_the_cross_entropy(teacher: Teacher, features: FeatureNetwork) -> None:
     """Its targets would belong to another prefix: with it, only the samples that start from noise are counted."""
     student = make_student(teacher, starts=(0, 4), split=L)

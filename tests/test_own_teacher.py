@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -142,6 +143,8 @@ def test_a_stopped_run_ends_as_one_that_was_not(
     assert ours["model.safetensors"] == theirs["model.safetensors"]
     other = (*whole, "--out", "own", "--resume", "own_teacher.tokenizer.perceptual=1")
     assert "own/tokenizer was begun with another config" in refused_late(capsys, *other)
+    other = (*whole, "--out", "own", "--resume", "own_teacher.label_drop=0.5")
+    assert "own/teacher was begun with another config" in refused_late(capsys, *other)
 
 
 def test_images_without_classes(shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -174,6 +177,9 @@ def test_what_does_not_fit_is_refused_before_anything_is_trained(
     assert "channels" in train("own_teacher.tokenizer.sizes.channels=24")
     assert "32 over 3 heads" in train("own_teacher.backbone.heads=3")
     assert "own_teacher.features.widths" in train("own_teacher.features.widths=[0]")
+    assert "own_teacher.features.blocks must be at least 1" in train("own_teacher.features.blocks=0")
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    assert "wandb" in train("own_teacher.training.report_to=[wandb]")
     assert "own_teacher.label_drop" in train("own_teacher.label_drop=1")
     assert "own_teacher.tokenizer.perceptual" in train("own_teacher.tokenizer.perceptual=-1")
     assert "leave num_classes, tokens out" in train(
@@ -302,6 +308,9 @@ def test_codes_that_nobody_uses_move_to_where_vectors_are(make: Any) -> None:
     objective(*images, generator=seeded(0), step=100, progress=0.1)
     assert bool((objective.model.codes_VC[~used].abs() < 50).all())
     assert torch.equal(objective.model.codes_VC[used], before[used]) and bool(unused[~used].all())
+    moved = objective.model.codes_VC.detach().clone()
+    objective(*images, generator=seeded(1), step=100, progress=0.1)
+    assert torch.equal(objective.model.codes_VC, moved), "once a step, of how many parts it may be"
 
 
 def test_grey_images_keep_a_tokenizer_grey() -> None:

@@ -257,6 +257,9 @@ def test_to_takes_device_and_dtype_in_any_order(monkeypatch: pytest.MonkeyPatch)
     assert pipe.to() is pipe and pipe.to("cpu").dtype == half
     monkeypatch.setattr("ddecode.pipeline.check_device", lambda device: None)  # it refuses the only other one here
     assert pipe.to("meta").device == pipe.teacher.device == torch.device("meta")
+    pipe, alone = make_pipeline(), make_pipeline().student  # which has a tokenizer of its own, as `--with` reads it
+    DistilledPipeline(tokenizer=pipe.tokenizer, teacher=pipe.teacher, others={"alone": alone}).to("meta")
+    assert alone.device == alone.codebook_VC.device == torch.device("meta")
 
 
 @pytest.mark.parametrize(

@@ -109,6 +109,15 @@ def test_a_folder_of_other_weights_is_refused(pipe: DistilledPipeline, tmp_path:
     assert write_folder(pipe, plan, renamed, tmp_path, batch=2, show_progress=False) == 1
 
 
+def test_equal_weights_of_other_sizes_have_a_hash_of_their_own() -> None:
+    """DD1's student converted twice, with `--split` at 10 and at 16."""
+    pipes = [make_pipeline(split=split) for split in (10, 16, 10)]
+    a, b, again = (weights_hash(pipe, pipe.plan(1)) for pipe in pipes)
+    assert a == again != b
+    a, b = (weights_hash(pipe, pipe.plan("teacher")) for pipe in pipes[:2])
+    assert a == b, "the student takes no part"
+
+
 def test_half_precision_weights_have_a_hash_of_their_own() -> None:
     pipe = make_pipeline()
     plan = pipe.plan(1)

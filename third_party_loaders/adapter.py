@@ -22,6 +22,13 @@ STUDENT_NAMES = {
     "": "backbone.",
 }
 """Beginnings of upstream's names of a DD1 student's parameters, and of ours in a `Student`."""
+KINDS: dict[str, Callable[..., Student]] = {
+    "drafts": DraftStudent,
+    "exits": StaggeredStudent,
+    "wavefront": WavefrontStudent,
+    "head_depth": DD2Student,
+}
+"""Of students, by an option that only that kind has."""
 
 
 def is_student(state: Mapping[str, Tensor]) -> bool:
@@ -56,14 +63,9 @@ def upstream_student_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def new_student(backbone: Backbone, tokenizer: Tokenizer, *, layerwise: bool, **options: Any) -> Student:
     """A student of the kind whose options these are."""
-    if "drafts" in options:
-        return DraftStudent(backbone, tokenizer, **options)
-    if "exits" in options:
-        return StaggeredStudent(backbone, tokenizer, **options)
-    if "wavefront" in options:
-        return WavefrontStudent(backbone, tokenizer, **options)
-    if "head_depth" in options:
-        return DD2Student(backbone, tokenizer, **options)
+    for option, kind in KINDS.items():
+        if option in options:
+            return kind(backbone, tokenizer, **options)
     return DD1Student(backbone, tokenizer, layerwise=layerwise, **options)
 
 

@@ -192,7 +192,7 @@ class CaptionEmbedding(nn.Module):
 class LlamaGenTransformer(nn.Module):
     """LlamaGen as a `Backbone`: one token per AR step.
 
-    With `config.code_width` set, `token_inputs` takes code vectors instead of ids: the body of a student.
+    With `config.code_width` set, `vector_inputs` takes code vectors, and no ids are read: the body of a student.
     """
 
     factors: Tensor

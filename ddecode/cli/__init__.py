@@ -83,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def is_mistake(error: Exception) -> bool:
     """Whether it can be mended by who gave the command. Other errors of torch's are ours."""
-    return not isinstance(error, RuntimeError) or is_out_of_memory(error) or is_lost(error)
+    return not isinstance(error, RuntimeError) or is_out_of_memory(error) or is_lost(error) or is_uncompilable(error)
 
 
 def is_out_of_memory(error: Exception) -> bool:
@@ -91,10 +91,17 @@ def is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
+def is_uncompilable(error: Exception) -> bool:
+    """Whether `torch.compile` lacks what it compiles with."""
+    return "No working C++ compiler" in str(error)
+
+
 def said(error: Exception) -> str:
     """What an error says, and how to mend it where that is not in its words."""
     if is_lost(error):
         return "another process of the launch has ended"
+    if is_uncompilable(error):
+        return "torch.compile finds no C++ compiler here: install one, or leave it off (training.compile=false)"
     if is_out_of_memory(error):
         return "there is not enough memory for this; take smaller batches or fewer at once"
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):

@@ -13,9 +13,9 @@ A checkpoint in upstream's layout becomes a model folder; a model folder becomes
 tokenizer.safetensors in upstream's layout, the same bits that came in. What STATE is gets judged first."""
 EPILOG = """\
 Students start, and go over from tokens to vectors, where the published ones of their size do: VAR d16 at 55 tokens,
-d20 and d24 at 30, which d30 follows; LlamaGen starts at 80, and goes over at 80 (B) or 130 (L, which larger ones follow).
-Of other lengths: at the middle scale (VAR) or a third of the tokens (LlamaGen). Give --starts and --split where it was
-trained otherwise."""
+d20 and d24 at 30, which d30 follows; LlamaGen starts at 80, and goes over at 80 (B) or 130 (L, which larger ones
+follow). Of other lengths: at the middle scale (VAR) or a third of the tokens (LlamaGen). Give --starts and --split
+where it was trained otherwise."""
 
 
 def add_parser(verbs: Any) -> None:

@@ -53,6 +53,7 @@ class ReconstructionObjective(Objective):
         super().__init__()
         self.model = CountedTokenizer(tokenizer)
         self.features, self.perceptual, self.mirror, self.grey = features, perceptual, mirror, grey
+        self._moved_at = 0  # the step, of whose parts (gradient accumulation) only the first moves codes
         nn.init.normal_(self.model.codes_VC)
         if grey:  # its last three rows start equal and, with equal gradients, stay so
             last = tokenizer.decoder.conv_out
@@ -67,8 +68,9 @@ class ReconstructionObjective(Objective):
         tokenizer, used_V = self.model.tokenizer, self.model.used_V
         mirrored_B = torch.rand(len(images_B3HW), generator=generator) < (0.5 if self.mirror else 0.0)
         x = torch.where(mirrored_B.to(images_B3HW.device)[:, None, None, None], images_B3HW.flip(-1), images_B3HW)
-        if progress < UNTIL and step and (step == FIRST or step % EVERY == 0):
+        if progress < UNTIL and step != self._moved_at and (step == FIRST or step % EVERY == 0):
             self.move_dead_codes(x, generator)
+            self._moved_at = step
         rebuilt = tokenizer.reconstruct(x, generator)
         used_V += rebuilt.ids.flatten().bincount(minlength=len(used_V))
         y = rebuilt.images_B3HW.float()

@@ -93,7 +93,8 @@ class StudentObjective(Objective):
                 spread_rate=config.energy_spread,
             )
             self.critics["energy"] = remembered.to(student.device)
-        if config.image_batch % world():
+        looks = config.uses_images or config.score.weight or config.matching.weight
+        if looks and config.image_batch % world():
             raise ValueError(f"objective.image_batch {config.image_batch} does not divide over {world()} processes")
         self.few = slice(config.image_batch // world())
         """This process's share of the samples whose output is seen."""
@@ -185,9 +186,11 @@ class StudentObjective(Objective):
 
     def first_pass(self, codes_BLC: Tensor, noise_BLC: Tensor, labels_B: Tensor, own_B: Tensor) -> Tensor:
         """The codes, in `own_B` the student's own of one pass from noise."""
-        if not any_of_all(own_B):  # of none here, say: where weights are sharded, all must make a pass
+        if not any_of_all(own_B):
             return codes_BLC
-        emitted = self.model.emit(noise_BLC[own_B], labels_B[own_B], 0, noise_BLC.shape[1])
+        # where weights are sharded all must make a pass: with none of its own a process makes one that nobody reads
+        rows_B = own_B if own_B.any() else torch.arange(len(own_B), device=own_B.device) == 0
+        emitted = self.model.emit(noise_BLC[rows_B], labels_B[rows_B], 0, noise_BLC.shape[1])
         return codes_BLC.masked_scatter(own_B[:, None, None], emitted.to(codes_BLC.dtype))
 
     def regression(
