@@ -15,7 +15,7 @@ from ddecode.checkpoint import RECIPE, ModelFolder, save_model
 from ddecode.compilation import compile_blocks
 from ddecode.config import WITHOUT_MODEL, DistillConfig, as_dict, as_yaml
 from ddecode.dd2_student import HEAD_DEPTH, DD2Student
-from ddecode.evaluation.features import features_folder, load_features
+from ddecode.evaluation.features import features_folder, load_image_features
 from ddecode.files import read_tensors, write_aside
 from ddecode.labelled_images import LabelledImages
 from ddecode.locks import held
@@ -224,7 +224,7 @@ def distill_alone(config: DistillConfig, pairs_folder: Path, run: Path, *, resum
     student = make_student(folder, teacher, config)
     freeze(teacher.backbone, teacher.tokenizer)
     objective = config.objective
-    features = load_features(features_folder(objective.features)) if objective.uses_images else None
+    features = load_image_features(features_folder(objective.features)) if objective.uses_images else None
     initial = initial_model(config)
     identity: dict[str, object] = {
         "config": as_dict(config),

@@ -7,10 +7,11 @@ from ddecode.student import Student
 from ddecode.types import Tokenizer
 from third_party_loaders import llamagen, var
 from third_party_loaders.llamagen import load_llamagen, load_llamagen_student
+from third_party_loaders.lpips import load_lpips
 from third_party_loaders.state import Found, StateOrPath, is_hub_id, preview, read_tree, title, unwrap
 from third_party_loaders.var import load_var, load_var_student
 
-__all__ = ["identify", "is_hub_id", "load_dd1_student", "load_llamagen", "load_var"]
+__all__ = ["identify", "is_hub_id", "load_dd1_student", "load_llamagen", "load_lpips", "load_var"]
 
 
 def load_dd1_student(

@@ -1,9 +1,11 @@
-"""The small convolutional feature network behind the `zoo` protocol and the zoo's perceptual losses.
+"""Networks of image features: the small convolutional one behind the `zoo` protocol and the zoo's perceptual losses,
+and what it has in common with others that image terms may see through.
 
-B batch, H W image height and width, F width of the pooled features, K classes.
+B batch, H W image height and width, F width of the pooled features, K classes, C channels of a stage.
 """
 
 import json
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,18 +24,42 @@ FEATURE_SIZES = {"widths": tuple[int, ...], "blocks": int, "num_classes": int}
 
 @dataclass(frozen=True, kw_only=True)
 class FeatureMaps:
-    """What one pass of a `FeatureNetwork` gives."""
+    """What one pass of a network gives."""
 
     stages: tuple[Tensor, ...]
     """One fp32 [B, C_i, H_i, W_i] per stage, after the activation."""
     pooled_BF: Tensor
     """Mean of the last stage over space."""
     logits_BK: Tensor
+    """K may be 0."""
+    weights: tuple[Tensor, ...] | None = None
+    """Of each stage's channels in `perceptual_gap`, fp32 [C_i]; None is 1 for all."""
 
     def descriptors(self) -> Tensor:
         """One fp32 vector [B, F'] per image: every stage's means over quarters of the image, and `pooled_BF`."""
         quarters = [F.adaptive_avg_pool2d(stage.float(), 2).flatten(1) for stage in self.stages]
         return torch.cat([*quarters, self.pooled_BF], 1)
+
+
+class Features(nn.Module, ABC):
+    """A network that image terms see through.
+
+    Args:
+        widths: channels of each stage.
+    """
+
+    def __init__(self, widths: tuple[int, ...]) -> None:
+        super().__init__()
+        self.widths = tuple(widths)
+
+    @property
+    def descriptor_width(self) -> int:
+        """F' of `FeatureMaps.descriptors`."""
+        return 4 * sum(self.widths) + self.widths[-1]
+
+    @abstractmethod
+    def forward(self, images_B3HW: Tensor) -> FeatureMaps:
+        """images_B3HW: fp32 in [-1, 1]."""
 
 
 class ResidualBlock(nn.Module):
@@ -49,7 +75,7 @@ class ResidualBlock(nn.Module):
         return F.gelu(x + self.norm2(self.conv2(h)))
 
 
-class FeatureNetwork(nn.Module):
+class FeatureNetwork(Features):
     """Residual classifier whose pooled last stage is the feature space of the Fréchet distance.
 
     Args:
@@ -59,10 +85,10 @@ class FeatureNetwork(nn.Module):
     """
 
     def __init__(self, *, widths: tuple[int, ...] = (32, 64, 128), blocks: int = 1, num_classes: int = 10) -> None:
-        super().__init__()
+        super().__init__(widths)
         for size in (*widths, blocks, num_classes):
             check_whole("a size of a feature network", size, 1, 1 << 16)
-        self.widths, self.blocks, self.num_classes = tuple(widths), blocks, num_classes
+        self.blocks, self.num_classes = blocks, num_classes
         stages, before = [], 3
         for width in widths:
             stages.append(
@@ -77,13 +103,8 @@ class FeatureNetwork(nn.Module):
         self.stages = nn.ModuleList(stages)
         self.head = nn.Linear(before, num_classes)
 
-    @property
-    def descriptor_width(self) -> int:
-        """F' of `FeatureMaps.descriptors`."""
-        return 4 * sum(self.widths) + self.widths[-1]
-
     def forward(self, images_B3HW: Tensor) -> FeatureMaps:
-        """images_B3HW: fp32 in [-1, 1]."""
+        """See `Features.forward`."""
         stages, h = [], images_B3HW
         for stage in self.stages:
             h = stage(h)
@@ -93,15 +114,18 @@ class FeatureNetwork(nn.Module):
 
 
 def perceptual_gap(ours: FeatureMaps, theirs: FeatureMaps) -> Tensor:
-    """LPIPS with unit weights (Zhang et al. 2018, eq. 1), fp32 [B]: squared distance of channel-normalised maps."""
+    """LPIPS (Zhang et al. 2018, eq. 1) with the network's weights of channels, fp32 [B]: squared distance of
+    channel-normalised maps."""
     distance_B = torch.zeros(len(ours.pooled_BF), device=ours.pooled_BF.device)
-    for a, b in zip(ours.stages, theirs.stages, strict=True):
-        gap = F.normalize(a.float(), dim=1) - F.normalize(b.float(), dim=1)
-        distance_B = distance_B + gap.square().sum(1).mean((1, 2))
+    for i, (a, b) in enumerate(zip(ours.stages, theirs.stages, strict=True)):
+        square = (F.normalize(a.float(), dim=1) - F.normalize(b.float(), dim=1)).square()
+        if ours.weights is not None:
+            square = square * ours.weights[i][:, None, None]
+        distance_B = distance_B + square.sum(1).mean((1, 2))
     return distance_B
 
 
-def perceptual_distance(network: FeatureNetwork, images_B3HW: Tensor, target_B3HW: Tensor) -> Tensor:
+def perceptual_distance(network: Features, images_B3HW: Tensor, target_B3HW: Tensor) -> Tensor:
     """`perceptual_gap` of two batches of images, fp32 [B,3,H,W] in [-1,1]; gradients flow into the first only."""
     with torch.no_grad():
         theirs = network(target_B3HW)
@@ -141,3 +165,22 @@ def load_features(folder: str | Path) -> FeatureNetwork:
     state = read_tensors(folder / "model.safetensors")
     built: FeatureNetwork = loaders().state.built(lambda: FeatureNetwork(**sizes), state, "network of its config")
     return built.requires_grad_(False)
+
+
+def load_image_features(folder: str | Path) -> Features:
+    """The network of image terms in a folder: a feature network of ours, or LPIPS in the two files of its authors and
+    of torchvision (`third_party_loaders.lpips`).
+
+    Raises:
+        ValueError: the folder holds neither, or it is damaged.
+    """
+    folder = as_path("a folder of features", folder)
+    if (folder / "config.json").is_file():
+        return load_features(folder)
+    found: Features | None = loaders().lpips.find_lpips(folder)
+    if found is None:
+        raise ValueError(
+            f"no feature network in {folder}: neither one with a config.json, as ddecode train makes, nor LPIPS in its "
+            "two files, torchvision's vgg16-397923af.pth and the heads vgg.pth"
+        )
+    return found

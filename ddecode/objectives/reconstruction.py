@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ddecode.evaluation.features import FeatureNetwork, perceptual_distance
+from ddecode.evaluation.features import Features, perceptual_distance
 from ddecode.training import Objective
 
 FIRST, EVERY, UNTIL = 20, 100, 0.7
@@ -48,7 +48,7 @@ class ReconstructionObjective(Objective):
     model: CountedTokenizer
 
     def __init__(
-        self, tokenizer: Any, features: FeatureNetwork, *, perceptual: float, mirror: bool, grey: bool = False
+        self, tokenizer: Any, features: Features, *, perceptual: float, mirror: bool, grey: bool = False
     ) -> None:
         super().__init__()
         self.model = CountedTokenizer(tokenizer)

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ddecode.codebook import nearest_code
-from ddecode.evaluation.features import FeatureMaps, FeatureNetwork, perceptual_gap
+from ddecode.evaluation.features import FeatureMaps, Features, perceptual_gap
 from ddecode.flow import flow_grid, tokens_to_noise
 from ddecode.objective_config import ObjectiveConfig
 from ddecode.objectives.adversarial import Discriminator, adversarial_losses
@@ -54,7 +54,7 @@ class StudentObjective(Objective):
         student: Student,
         config: ObjectiveConfig,
         *,
-        features: FeatureNetwork | None = None,
+        features: Features | None = None,
         score: ScoreTerm | None = None,
         matching: TokenMatching | None = None,
         positives: Positives | None = None,
