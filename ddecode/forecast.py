@@ -147,7 +147,7 @@ def forecast_training(config: DistillConfig, pairs_folder: Path, *, patience_s: 
     if min(batch, fits) > first.batch:
         last = trial(config, pairs_folder, min(batch, fits))
     grown = last.batch - first.batch
-    slope = (last.memory_bytes - first.memory_bytes) / grown if grown else 0.0
+    slope = max(0.0, (last.memory_bytes - first.memory_bytes) / grown) if grown else 0.0
     tuning = objective.score.tuning if objective.score.weight else None
     return TrainingForecast(
         steps=config.training.steps,
