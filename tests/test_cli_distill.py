@@ -10,10 +10,9 @@ from interruption import interrupted
 from safetensors.torch import load_file
 from tiny import distill_recipe, make_var_teacher, save_tiny, tree_of, write_yaml
 
-from ddecode import distillation
 from ddecode import pairs as pairs_module
 from ddecode.checkpoint import ModelFolder
-from ddecode.evaluation.features import FeatureNetwork
+from ddecode.evaluation.features import FeatureNetwork, save_features
 from ddecode.pairs import Pairs
 from ddecode.pipeline import DistilledPipeline
 from ddecode.randomness import sample_generators
@@ -127,12 +126,10 @@ def test_a_stopped_distillation_resumes_to_the_same_student(
     assert tree_of(tmp_path / "parts" / "model") == tree_of(tmp_path / "whole" / "model")
 
 
-def test_a_student_may_have_fewer_layers_and_image_terms(
-    recipe: Path, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    network = FeatureNetwork(widths=(4, 8)).eval().requires_grad_(False)  # the bundled one is for larger images
-    monkeypatch.setattr(distillation, "load_features", lambda folder: network)
+def test_a_student_may_have_fewer_layers_and_image_terms(recipe: Path, pairs: Path, tmp_path: Path) -> None:
+    save_features(tmp_path / "features", FeatureNetwork(widths=(4, 8)))  # the bundled one is for larger images
     overrides = ["student.depth=1", "objective.energy=0.5", "objective.perceptual=0.1", "training.steps=2"]
+    overrides.append(f"objective.features={tmp_path / 'features'}")
     assert run("distill", "--config", recipe, "--pairs", pairs, "--out", tmp_path / "run", *overrides) == 0
     assert len(DistilledPipeline.from_pretrained(tmp_path / "run" / "model").student.backbone.layers) == 1
     assert "energy" in (tmp_path / "run" / "log.jsonl").read_text()
