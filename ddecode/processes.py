@@ -7,6 +7,7 @@ samples of all processes together.
 B batch.
 """
 
+import atexit
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -29,7 +30,21 @@ def launch() -> PartialState:
     state = PartialState(cpu=told or (several and not torch.cuda.is_available()))
     if state.num_processes == 1 and {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR"} <= os.environ.keys() and not several:
         tell_alone()
+    if several:
+        leave_at_exit()
     return state
+
+
+@cache
+def leave_at_exit() -> None:
+    """Once: gloo's threads must have ended before the interpreter does, or it may abort after all is done."""
+    atexit.register(leave)
+
+
+def leave() -> None:
+    """Part from the other processes, where that has not happened."""
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 @cache

@@ -11,9 +11,10 @@ import pytest
 import torch
 from command import Capture, refused
 from tiny import distill_recipe, tree_of, write_yaml
+from torch import distributed
 
 from ddecode import processes
-from ddecode.processes import in_turn, mean_of_all, of_all, share, tell_alone
+from ddecode.processes import in_turn, launch, leave_at_exit, mean_of_all, of_all, share, tell_alone
 from tools.measure_survival import prepare
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -94,6 +95,22 @@ def test_a_launch_that_did_not_happen_is_told(monkeypatch: pytest.MonkeyPatch, c
         assert ("started one process only" in capsys.readouterr().err) == told
         monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
         monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+
+
+def test_a_process_parts_from_the_others_when_it_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    registered: list[Any] = []
+    monkeypatch.setattr("atexit.register", registered.append)
+    leave_at_exit.cache_clear()
+    launch()
+    assert not registered, "alone there is nobody to part from"
+    leave_at_exit()
+    leave_at_exit()
+    (leave,) = registered
+    leave()  # of no group
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    leave()
+    assert not distributed.is_initialized()
+    leave_at_exit.cache_clear()
 
 
 def test_the_other_process_has_ended_is_no_mistake_of_ours(
