@@ -23,6 +23,12 @@ WARMUP_STEPS, TIMED_STEPS = 2, 4
 """Of training; the second compiles anew where sizes change. Together they go through the run's schedule of weights."""
 
 
+def measured(batch: int, whole: int) -> str:
+    """For people: at which batch, and whether the recipe's `whole` one is larger."""
+    beyond = f", extrapolated to the recipe's {whole}" if batch < whole else ""
+    return f"measured at batch {batch}{beyond}"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Forecast:
     """The cost of the pairs that a manifest asks for, on this machine with one process."""
@@ -40,12 +46,10 @@ class Forecast:
 
     def __str__(self) -> str:
         rate = self.pairs / self.seconds
-        measured = f"measured at batch {self.measured_batch}"
-        if self.measured_batch < self.batch:
-            measured += f", extrapolated to the recipe's {self.batch}"
         return (
             f"{self.pairs} pairs on one {self.device}: {self.seconds / 3600:.2f} hours ({rate:.2f} pairs/s), "
-            f"{self.disk_bytes / GIB:.3f} GiB on disk, {self.memory_bytes / GIB:.1f} GiB of memory ({measured})"
+            f"{self.disk_bytes / GIB:.3f} GiB on disk, {self.memory_bytes / GIB:.1f} GiB of memory "
+            f"({measured(self.measured_batch, self.batch)})"
         )
 
 
@@ -102,14 +106,11 @@ class TrainingForecast:
     device: str
 
     def __str__(self) -> str:
-        measured = f"measured at batch {self.measured_batch}"
-        if self.measured_batch < self.batch:
-            measured += f", extrapolated to the recipe's {self.batch}"
         first = f", after {self.tuning_seconds / 3600:.2f} of the first stage" if self.tuning_seconds else ""
         return (
             f"{self.steps} steps of {self.batch} on one {self.device}: {self.seconds / 3600:.2f} hours "
             f"({self.seconds / self.steps:.2f} s a step){first}, {self.memory_bytes / GIB:.1f} GiB of memory, "
-            f"{self.disk_bytes / GIB:.3f} GiB on disk ({measured})"
+            f"{self.disk_bytes / GIB:.3f} GiB on disk ({measured(self.measured_batch, self.batch)})"
         )
 
 

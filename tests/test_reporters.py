@@ -11,9 +11,9 @@ import pytest
 import torch
 from command import Capture, refused
 from PIL import Image
-from test_training import CONFIG, Points, Toy, killed_at
 from tiny import distill_recipe, make_pipeline, save_tiny, write_yaml
 from torch import Tensor
+from toy_training import CONFIG, Points, Toy, killed_at
 
 from ddecode.config import as_dict, build
 from ddecode.reporters import GROUPS, curves, grouped

@@ -22,13 +22,13 @@ STUDENT_NAMES = {
     "": "backbone.",
 }
 """Beginnings of upstream's names of a DD1 student's parameters, and of ours in a `Student`."""
-KINDS: dict[str, Callable[..., Student]] = {
+STUDENTS: dict[str, Callable[..., Student]] = {
     "drafts": DraftStudent,
     "exits": StaggeredStudent,
     "wavefront": WavefrontStudent,
     "head_depth": DD2Student,
 }
-"""Of students, by an option that only that kind has."""
+"""Kinds of student but DD1's, by an option that only that kind has."""
 
 
 def is_student(state: Mapping[str, Tensor]) -> bool:
@@ -63,7 +63,7 @@ def upstream_student_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def new_student(backbone: Backbone, tokenizer: Tokenizer, *, layerwise: bool, **options: Any) -> Student:
     """A student of the kind whose options these are."""
-    for option, kind in KINDS.items():
+    for option, kind in STUDENTS.items():
         if option in options:
             return kind(backbone, tokenizer, **options)
     return DD1Student(backbone, tokenizer, layerwise=layerwise, **options)

@@ -1,7 +1,7 @@
 """LPIPS of VGG16 (Zhang et al. 2018, arXiv 1801.03924) as a network of image terms: torchvision's convolutions and the
 heads that the authors published, by their own names.
 
-B batch, H W image height and width, C channels of a stage.
+B batch, H W image height and width, F width of the last stage, K classes, of which it knows none.
 """
 
 from collections.abc import Mapping
@@ -52,8 +52,9 @@ class LPIPS(Features):
                 h = F.relu(self.features[str(number)](h))
             stages.append(h)
         pooled_BF = h.float().mean((2, 3))
-        weights = tuple(head.detach() for head in self.heads)
-        return FeatureMaps(stages=tuple(stages), pooled_BF=pooled_BF, logits_BK=pooled_BF[:, :0], weights=weights)
+        return FeatureMaps(
+            stages=tuple(stages), pooled_BF=pooled_BF, logits_BK=pooled_BF[:, :0], weights=tuple(self.heads)
+        )
 
 
 def load_lpips(network: StateOrPath, heads: StateOrPath) -> LPIPS:

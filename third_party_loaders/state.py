@@ -70,11 +70,8 @@ def file_name(source: StateOrPath) -> str:
     """Of the file that a state lies in; empty where there is none, or it is not known before it is read."""
     if isinstance(source, Mapping):
         return ""
-    path = Path(source)
-    if not path.is_dir():
-        return path.name
     try:
-        return choose([file.name for file in path.iterdir() if file.is_file()], str(path))
+        return file_of(Path(source)).name
     except ValueError:  # which reading it will say
         return ""
 
@@ -88,10 +85,7 @@ def read_tree(source: StateOrPath) -> Mapping[str, Any]:
     path = Path(source)
     if not path.exists() and is_hub_id(str(source)):
         return read_file(download(str(source)))
-    if path.is_dir():
-        names = [file.name for file in path.iterdir() if file.is_file()]
-        path = path / choose(names, str(path))
-    return read_file(path)
+    return read_file(file_of(path))
 
 
 def is_hub_id(text: str) -> bool:
@@ -100,6 +94,17 @@ def is_hub_id(text: str) -> bool:
     if len(parts) < 2 or not all(parts) or parts[0].startswith((".", "~")) or Path(parts[0]).exists():
         return False
     return text.endswith(SUFFIXES) == (len(parts) > 2)
+
+
+def file_of(path: Path) -> Path:
+    """A file itself, of a folder the one that is its state.
+
+    Raises:
+        ValueError: see `choose`.
+    """
+    if not path.is_dir():
+        return path
+    return path / choose([file.name for file in path.iterdir() if file.is_file()], str(path))
 
 
 def choose(names: Iterable[str], where: str) -> str:
