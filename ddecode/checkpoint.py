@@ -40,7 +40,7 @@ STUDENT_OPTIONS: dict[str, dict[str, Any]] = {
     "drafts": {"drafts": tuple[int, ...], "joins": int, "num_steps": int, "draft_steps": int},
     "exits": {"exits": tuple[int, ...], "joins": int, "num_steps": int},
     "wavefront": {"wavefront": int, "num_steps": int},
-    "head_depth": {"head_depth": int},
+    "head_depth": {"head_depth": int, "noise_level": float},
     "split": {"split": int},
 }
 """What a config says of a student beside its starts, by the option that tells its kind: drafting, staggered, wavefront,
@@ -285,6 +285,8 @@ class ModelFolder:
     def student_options(self) -> dict[str, Any]:
         """What the config says of the student beside its backbone; see `Student.options`."""
         group = {key: value for key, value in self.require("student").items() if key != "backbone"}
+        if "head_depth" in group:  # earlier versions knew no other level
+            group = {"noise_level": 1.0} | group
         own = next((own for key, own in STUDENT_OPTIONS.items() if key in group), STUDENT_OPTIONS["split"])
         options = {"starts": tuple[int, ...], **own}
         if set(group) != set(options):

@@ -71,9 +71,11 @@ class StudentConfig:
     diffusion_head: int | None = None
     """None, or DD2's student (`ddecode.dd2_student`): blocks of the head that goes from noise to a vector. It has
     neither `split` nor `drafts`, and no logits."""
+    noise_level: float = 1.0
+    """Where on that head's way it stands, in (0, 1]: 1 is DD2's; lower, it looks at its noise from the beginning."""
     initial: str = "teacher"
-    """Where its weights come from: `teacher`, `random`, `tuning` (the end of `objective.score.tuning`, for DD2's
-    student), or a model whose student it goes on from."""
+    """Where its weights come from: `teacher`, `random`, `tuning` (as the score term's guidance network
+    begins, for DD2's student), or a model whose student it goes on from."""
     initial_share: float = 0.0
     """Share of that model's weights in the one that is written, the rest is what training made of them: on the line
     between both lie better ones than at its ends where training overshoots (Wortsman et al., arXiv 2109.01903)."""
@@ -103,6 +105,11 @@ class StudentConfig:
             raise ValueError(f"student.initial_share must lie in [0, 1), got {self.initial_share}")
         if self.initial_share and self.initial in WITHOUT_MODEL:
             raise ValueError(f"student.initial_share is of a model's weights; student.initial is {self.initial}")
+        check_finite("student.noise_level", self.noise_level)
+        if not 0 < self.noise_level <= 1:
+            raise ValueError(f"student.noise_level must lie in (0, 1], got {self.noise_level}")
+        if self.noise_level < 1 and self.diffusion_head is None:
+            raise ValueError("student.noise_level is of a student with student.diffusion_head")
         if self.initial == "tuning" and (self.diffusion_head is None or self.depth is not None):
             raise ValueError("student.initial: tuning is for a student with diffusion_head and all layers")
 
@@ -152,8 +159,11 @@ class DistillConfig:
             raise ValueError(
                 "a student with student.diffusion_head emits vectors: set objective.score.guidance to velocities"
             )
-        if self.student.initial == "tuning" and not (self.objective.score.weight and self.objective.score.tuning):
-            raise ValueError("student.initial: tuning needs objective.score with a weight and tuning, which trains it")
+        score = self.objective.score
+        if self.student.initial == "tuning" and not (score.weight and (score.tuning or score.initial != "teacher")):
+            raise ValueError(
+                "student.initial: tuning needs objective.score with a weight and tuning, which trains it, or initial"
+            )
 
 
 def read_config(path: Path, config_type: type[T], overrides: Sequence[str] = ()) -> T:

@@ -21,24 +21,39 @@ FITTED_TOKENS = 1 << 14
 
 
 class DD2Student(ShiftedStudent):
-    """Emits q = eps - v(eps, t=1) at every position, from its own noise and what it sees of the noise before it.
+    """Emits q = x - t v(x, t) at every position, from its own noise and what it sees of the noise before it.
+
+    x is the noise with mean and scale of noisy codes at the level t: (1-t) m and sqrt((1-t)^2 sigma^2 + t^2) for codes
+    of mean m and standard deviation sigma. In DD2 t is 1 and x the noise itself. There the right v leads to the mean of
+    all that may be, so a student that begins as its first stage ended does not look at its own noise yet; at a lower
+    level it begins with part of the spread it is to have, as score identity distillation does (arXiv 2404.04057).
 
     Args:
         backbone: the teacher's own kind, reading token ids (`token_inputs`, `mixed_inputs`).
         tokenizer, starts: as for every student.
         head_depth: blocks of the diffusion head.
+        noise_level: t, in (0, 1].
     """
 
     def __init__(
-        self, backbone: Backbone, tokenizer: Tokenizer, *, starts: tuple[int, ...], head_depth: int = HEAD_DEPTH
+        self,
+        backbone: Backbone,
+        tokenizer: Tokenizer,
+        *,
+        starts: tuple[int, ...],
+        head_depth: int = HEAD_DEPTH,
+        noise_level: float = 1.0,
     ) -> None:
         super().__init__(backbone, tokenizer, starts=starts)
+        if not 0 < noise_level <= 1:
+            raise ValueError(f"noise_level must lie in (0, 1], got {noise_level}")
         self.split = 0
+        self.noise_level = noise_level
         self.head = DiffusionHead(backbone.width, tokenizer.codebook_VC.shape[1], depth=head_depth)
         self.head.calibrate(tokenizer.codebook_VC)
 
     def options(self) -> dict[str, Any]:
-        return {"starts": self.starts, "head_depth": len(self.head.blocks)}
+        return {"starts": self.starts, "head_depth": len(self.head.blocks), "noise_level": self.noise_level}
 
     def forward(self, sequence_BLC: Tensor, labels_B: Tensor, start_B: Tensor) -> Prediction:
         """The vectors emitted, and minus half their squared distance to each code, so that argmax is the nearest."""
@@ -52,8 +67,10 @@ class DD2Student(ShiftedStudent):
         opening = self.opening(sequence_BLC, labels_B, start_B, wanted.stop)
         hidden_BND = self.backbone.hidden(opening.inputs_BND, opening.condition)
         hidden_BND = hidden_BND[:, opening.first + wanted.start : opening.first + wanted.stop]
+        t = self.noise_level
         noise_BNC = sequence_BLC[:, wanted.start : wanted.stop].float()
-        return noise_BNC - self.head(hidden_BND, noise_BNC, noise_BNC.new_ones(noise_BNC.shape[:2]))
+        x_BNC = (1 - t) * self.head.mean_C + self.head.scale(noise_BNC.new_tensor(t)) * noise_BNC
+        return x_BNC - t * self.head(hidden_BND, x_BNC, noise_BNC.new_full(noise_BNC.shape[:2], t))
 
     def emitted(self, prediction: Prediction, sequence_BLC: Tensor) -> Tensor:
         return prediction.embeddings_BLC
@@ -80,16 +97,16 @@ class DD2Student(ShiftedStudent):
 
     @torch.no_grad()
     def fit_noise_map(self) -> None:
-        """Least squares: random codes, seen as noise, are to give what the backbone reads of them as tokens. In
-        float64, so that rounding hides the order of sums."""
+        """Least squares: random codes, seen at the scale of noise, are to give what the backbone reads of them as
+        tokens. In float64, so that rounding hides the order of sums."""
         V, C = self.codebook_VC.shape
         read = self.length - self.backbone.steps[-1]
         batch = max(1, FITTED_TOKENS // len(self.known))
         ids_BN = torch.randint(V, (batch, read), generator=torch.Generator().manual_seed(0)).to(self.device)
         none_BN = torch.zeros_like(ids_BN, dtype=torch.bool)
-        codes_BNC = self.codebook_VC[ids_BN]
-        tokens_BMD, _ = self.backbone.mixed_inputs(ids_BN, ~none_BN, codes_BNC)
-        blank_BMD, seen_BMC = self.backbone.mixed_inputs(ids_BN, none_BN, codes_BNC)
+        noise_BNC = (self.codebook_VC[ids_BN] - self.head.mean_C) / self.head.deviation_C
+        tokens_BMD, _ = self.backbone.mixed_inputs(ids_BN, ~none_BN, noise_BNC)
+        blank_BMD, seen_BMC = self.backbone.mixed_inputs(ids_BN, none_BN, noise_BNC)
         points = torch.cat([seen_BMC.double(), seen_BMC.new_ones(*seen_BMC.shape[:2], 1).double()], -1).flatten(0, 1)
         solution = torch.linalg.lstsq(points, (tokens_BMD - blank_BMD).double().flatten(0, 1)).solution
         self.noise_map.weight.copy_(solution[:C].T)

@@ -71,7 +71,11 @@ class DiffusionHead(nn.Module):
     def calibrate(self, codebook_VC: Tensor) -> None:
         """Take m and sigma from a codebook; without it they are 0 and 1."""
         self.mean_C.copy_(codebook_VC.float().mean(0))
-        self.deviation_C.copy_(codebook_VC.float().std(0, correction=0))
+        self.deviation_C.copy_(codebook_VC.float().std(0, correction=0).clamp(min=1e-6))
+
+    def scale(self, time: Tensor) -> Tensor:
+        """Standard deviation n of noisy codes at a noise level, in each direction."""
+        return torch.hypot((1 - time) * self.deviation_C, time)
 
     def forward(self, features_BND: Tensor, x_BNC: Tensor, time_BN: Tensor) -> Tensor:
         """One velocity for each noisy code.
@@ -85,7 +89,7 @@ class DiffusionHead(nn.Module):
             fp32, of x's shape.
         """
         x_BNC, t_BN1 = x_BNC.float(), time_BN.float()[..., None]
-        norm_BNC = torch.hypot((1 - t_BN1) * self.deviation_C, t_BN1)
+        norm_BNC = self.scale(t_BN1)
         y_BNC = (x_BNC - (1 - t_BN1) * self.mean_C) / norm_BNC
         guess_BNC = (t_BN1 - (1 - t_BN1) * self.deviation_C.square()) / norm_BNC * y_BNC - self.mean_C
         known_BNW = self.features(F.layer_norm(features_BND, features_BND.shape[-1:], eps=1e-6))

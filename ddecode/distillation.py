@@ -15,11 +15,10 @@ from ddecode.checkpoint import RECIPE, ModelFolder, save_model
 from ddecode.compilation import compile_blocks
 from ddecode.config import WITHOUT_MODEL, DistillConfig, as_dict, as_yaml
 from ddecode.dd2_student import HEAD_DEPTH, DD2Student
-from ddecode.evaluation.features import features_folder, load_image_features
+from ddecode.evaluation.features import FeatureNetwork, Features, features_folder, load_image_features
 from ddecode.files import read_tensors, write_aside
 from ddecode.labelled_images import LabelledImages
 from ddecode.locks import held
-from ddecode.objective_config import MatchingConfig
 from ddecode.objectives.guidance import ARDiffusion, Guidance, TokenGuidance
 from ddecode.objectives.matching import TokenMatching
 from ddecode.objectives.positives import Positives, encode_images, read_positives
@@ -31,7 +30,7 @@ from ddecode.previews import Preview
 from ddecode.processes import launch, meet, rank
 from ddecode.randomness import fresh_weights
 from ddecode.reporters import check_reporters
-from ddecode.run_folder import CRITICS, Checkpoint, check_new, sha256
+from ddecode.run_folder import CRITICS, EMA, Checkpoint, check_new, sha256
 from ddecode.student import Student
 from ddecode.teacher import Teacher
 from ddecode.training import Samples, train
@@ -46,7 +45,7 @@ def make_student(folder: ModelFolder, teacher: Teacher, config: DistillConfig) -
     shape, family = config.student, folder.family
     options: dict[str, object] = {"starts": shape.starts}
     if shape.diffusion_head is not None:
-        options["head_depth"] = shape.diffusion_head
+        options |= {"head_depth": shape.diffusion_head, "noise_level": shape.noise_level}
     elif shape.drafts is not None:
         steps = {"num_steps": config.pairs.num_steps, "draft_steps": shape.draft_steps}
         options |= {"drafts": shape.drafts, "joins": shape.joins, **steps}
@@ -108,6 +107,8 @@ def make_score_term(
             objective, pairs, config.tuning, run, identity=identity, resume=resume, show_progress=show_progress
         )
         guidance.train().requires_grad_(True)
+    if recipe.training.compile:
+        compile_blocks(guidance)
     assert isinstance(guidance, Guidance)
     return ScoreTerm(
         teacher,
@@ -121,18 +122,21 @@ def make_score_term(
 
 def make_guidance(teacher: Teacher, student: Student, recipe: DistillConfig) -> nn.Module:
     """The score term's guidance network as it is before any stage."""
+    config = recipe.objective.score
+    guidance: nn.Module
     with fresh_weights(recipe.training.seed):
-        if recipe.objective.score.guidance == "velocities":
-            return ARDiffusion.from_teacher(teacher, depth=recipe.student.diffusion_head or HEAD_DEPTH)
-        if student.split < student.length:
+        if config.guidance == "velocities":
+            guidance = ARDiffusion.from_teacher(teacher, depth=recipe.student.diffusion_head or HEAD_DEPTH)
+        elif student.split < student.length:
             raise ValueError(
                 f"objective.score.guidance: tokens is for students that emit tokens at all positions; this one's are "
                 f"vectors from student.split {student.split} on"
             )
-        tokens = TokenGuidance.from_teacher(teacher, passes=len(student.starts))
-    if recipe.training.compile:
-        compile_blocks(tokens)
-    return tokens
+        else:
+            guidance = TokenGuidance.from_teacher(teacher, passes=len(student.starts))
+    if config.initial != "teacher":
+        take_over(guidance, "objective.score", config.initial)
+    return guidance
 
 
 def make_matching_term(teacher: Teacher, student: Student, pairs: Pairs, config: DistillConfig) -> TokenMatching:
@@ -145,26 +149,57 @@ def make_matching_term(teacher: Teacher, student: Student, pairs: Pairs, config:
     with fresh_weights(config.training.seed):
         guidance = TokenGuidance.from_teacher(teacher, passes=len(student.starts))
     if term.initial != "teacher":
-        state = read_tensors(guidance_file(term), "token_guidance.")
-        if {name: t.shape for name, t in state.items()} != {name: t.shape for name, t in guidance.state_dict().items()}:
-            raise ValueError(
-                f"objective.matching.initial {term.initial} has no guidance network of this recipe's shape"
-            )
-        guidance.load_state_dict(state)
+        take_over(guidance, "objective.matching", term.initial)
     if config.training.compile:
         compile_blocks(guidance)
     return TokenMatching(teacher, guidance, recipe=pairs.recipe, temperature=term.temperature, clip=term.clip)
 
 
-def guidance_file(term: MatchingConfig) -> Path:
-    """Where the run that `term.initial` names keeps its guidance network, checked against its checksum."""
-    last = Checkpoint(Path(term.initial))
-    if not (last.folder / CRITICS).is_file():
+GUIDANCE = {"objective.score": "guidance.", "objective.matching": "token_guidance."}
+"""What the names of each term's guidance network begin with among a run's critics."""
+
+
+def take_over(guidance: nn.Module, term: str, initial: str) -> None:
+    """Give a guidance network the weights of an earlier run's.
+
+    Raises:
+        ValueError: the folder `initial` is no run with one of this shape, or is damaged.
+    """
+    path = guidance_file(term, initial)
+    state = read_tensors(path, GUIDANCE[term] if path.name == CRITICS else "")
+    if {name: t.shape for name, t in state.items()} != {name: t.shape for name, t in guidance.state_dict().items()}:
+        raise ValueError(f"{term}.initial {initial} has no guidance network of this recipe's shape")
+    guidance.load_state_dict(state)
+
+
+def guidance_file(term: str, initial: str) -> Path:
+    """Where the run `initial` keeps the term's guidance network, checked against its checksum: among its critics, or,
+    if it is the first stage of a score term, as its model."""
+    last = Checkpoint(Path(initial))
+    name = EMA if term == "objective.score" and not (last.folder / CRITICS).is_file() else CRITICS
+    if not (last.folder / name).is_file():
         raise ValueError(
-            f"objective.matching.initial {term.initial} is neither teacher nor the folder of a run with "
-            f"objective.matching: it has no {last.folder.name}/{CRITICS}"
+            f"{term}.initial {initial} is neither teacher nor the folder of a run with {term}: it has no "
+            f"{last.folder.name}/{name}"
         )
-    return last.checked(CRITICS)
+    return last.checked(name)
+
+
+def image_features(teacher: Teacher, name: str) -> Features:
+    """The network of image terms.
+
+    Raises:
+        ValueError: there is none, or it is a bundled one, of images of other classes than the teacher's.
+    """
+    folder = features_folder(name)
+    network = load_image_features(folder)
+    bundled = folder != Path(name)
+    if bundled and isinstance(network, FeatureNetwork) and network.num_classes != teacher.num_classes:
+        raise ValueError(
+            f"objective.features: {name} tells {network.num_classes} classes of small images apart, and the teacher "
+            f"has {teacher.num_classes}: name a folder of ddecode train or one of LPIPS's files (docs/recipes.md)"
+        )
+    return network
 
 
 def make_positives(teacher: Teacher, images: LabelledImages, folder: Path, *, show_progress: bool = True) -> Positives:
@@ -224,7 +259,7 @@ def distill_alone(config: DistillConfig, pairs_folder: Path, run: Path, *, resum
     student = make_student(folder, teacher, config)
     freeze(teacher.backbone, teacher.tokenizer)
     objective = config.objective
-    features = load_image_features(features_folder(objective.features)) if objective.uses_images else None
+    features = image_features(teacher, objective.features) if objective.uses_images else None
     initial = initial_model(config)
     identity: dict[str, object] = {
         "config": as_dict(config),
@@ -232,8 +267,9 @@ def distill_alone(config: DistillConfig, pairs_folder: Path, run: Path, *, resum
         "initial": None if initial is None else initial.weights_hash("student"),
         "pairs": len(pairs),
     }
-    if objective.matching.weight and objective.matching.initial != "teacher":
-        identity["guidance"] = sha256(guidance_file(objective.matching))
+    for name, term in (("score", objective.score), ("matching", objective.matching)):
+        if term.weight and term.initial != "teacher":
+            identity[f"{name}.initial"] = sha256(guidance_file(f"objective.{name}", term.initial))
     positives = None
     if objective.adversarial.weight and objective.adversarial.images is not None:
         images = LabelledImages.open(Path(objective.adversarial.images), teacher.num_classes)

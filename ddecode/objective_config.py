@@ -55,7 +55,10 @@ class ScoreConfig:
     target: Literal["analytic", "monte_carlo"] = "analytic"
     """What the first stage regresses."""
     tuning: TrainingConfig | None = None
-    """The first stage's run; None leaves it out: the guidance network starts as the teacher with a fresh head."""
+    """The first stage's run; None leaves it out."""
+    initial: str = "teacher"
+    """What the guidance network begins as: the teacher, of velocities with a fresh head; or what an earlier run has of
+    it, `RUN/tuning` the end of its first stage, `RUN` that of its second."""
 
     def __post_init__(self) -> None:
         settle(self, "objective.score")
@@ -69,6 +72,11 @@ class ScoreConfig:
             raise ValueError(
                 "objective.score.tuning trains a guidance network of velocities: leave it out, or set "
                 "objective.score.guidance to velocities"
+            )
+        if self.initial != "teacher" and self.tuning is not None:
+            raise ValueError(
+                "objective.score.tuning trains a guidance network from the teacher on: leave it out, or "
+                "objective.score.initial"
             )
         if self.align_every and not self.align_steps < self.align_every:
             raise ValueError(f"objective.score.align_steps must lie in 0..{self.align_every - 1}")

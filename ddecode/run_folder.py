@@ -20,7 +20,7 @@ from ddecode.sharding import dealt, dealt_moments, kept, kept_moments
 
 SUMS = "SHA256SUMS"
 """As `sha256sum -c` reads it."""
-STATE, OPTIMIZER, CRITICS = "state.json", "optimizer.pt", "critics.safetensors"
+STATE, OPTIMIZER, EMA, CRITICS = "state.json", "optimizer.pt", "ema.safetensors", "critics.safetensors"
 
 
 def sha256(path: Path) -> str:

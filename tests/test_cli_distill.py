@@ -196,6 +196,7 @@ def test_pairs_refuses_a_folder_of_other_pairs_or_with_damage(
         ("student.starts=[0, 16]", "starts must lie in 0..15"),
         ("student.split=17", "split must lie in 0..16"),
         ("student.depth=3", "3 layers cannot be cut from a teacher of 2"),
+        ("objective={energy: 1}", "fashion-perceptual tells 10 classes of small images apart, and the teacher has 4"),
     ],
 )
 def test_distill_refuses(

@@ -56,25 +56,45 @@ def test_a_position_sees_its_own_noise_and_that_of_earlier_steps(any_teacher: Te
         assert moved_L.tolist() == [steps[j] < steps[i] or j == i for i in range(student.length)]
 
 
-def test_it_begins_as_the_tuned_network_one_jump_from_noise(any_teacher: Teacher) -> None:
-    """q = eps - v at t = 1, from the tuned network's own features where all before is resolved."""
+@pytest.mark.parametrize("level", [1.0, 0.4])
+def test_it_begins_as_the_tuned_network_one_jump_from_noise(any_teacher: Teacher, level: float) -> None:
+    """q = x - t v from the tuned network's own features where all before is resolved; x has mean and scale of codes at
+    the noise level t, at 1 it is the noise."""
     tuned = ARDiffusion.from_teacher(any_teacher, depth=1)
     torch.nn.init.normal_(tuned.head.output.weight, generator=seeded(3))
-    student = make_dd2_student(any_teacher, starts=(0, 5))
+    student = make_dd2_student(any_teacher, starts=(0, 5), noise_level=level)
     student.initialize_from_tuned(tuned.backbone, tuned.head)
     ids = torch.randint(V, (3, any_teacher.length), generator=seeded(1))
-    noise, one = noise_for(any_teacher), torch.ones(3, any_teacher.length)
+    noise, codes = noise_for(any_teacher), any_teacher.codebook_VC
+    deviation = ((1 - level) ** 2 * codes.var(0, correction=0) + level**2).sqrt()
+    x = (1 - level) * codes.mean(0) + deviation * noise
     with torch.no_grad():
-        expected = noise - tuned(ids, LABELS, noise, one)
+        expected = x - level * tuned(ids, LABELS, x, torch.full((3, any_teacher.length), level))
     sequence = torch.cat([F.embedding(ids[:, :5], student.codebook_VC), noise[:, 5:]], 1)
     stop = next(s for s in torch.tensor(any_teacher.steps).cumsum(0).tolist() if s > 5)
     torch.testing.assert_close(student.emit(sequence, LABELS, 5, stop), expected[:, 5:stop], atol=1e-4, rtol=1e-4)
 
 
+def test_a_fresh_head_emits_the_mean_of_a_gaussian_of_the_codes_scale(any_teacher: Teacher) -> None:
+    """E[q | x] = m + (1-t) sigma^2 eps / n where q is normal: m at t = 1, the nearer to m + sigma eps the lower t."""
+    codes, noise = any_teacher.codebook_VC, noise_for(any_teacher)
+    mean, variance = codes.mean(0), codes.var(0, correction=0)
+    for level in (1.0, 0.5, 0.02):
+        student = make_dd2_student(any_teacher, noise_level=level)
+        student.initialize_from(any_teacher)
+        torch.nn.init.zeros_(student.head.output.weight)
+        torch.nn.init.zeros_(student.head.output.bias)
+        slope = (1 - level) * variance / ((1 - level) ** 2 * variance + level**2).sqrt()
+        torch.testing.assert_close(student.emit(noise, LABELS, 0, student.length), mean + slope * noise)
+
+
 def test_a_code_in_place_of_noise_is_read_as_its_token(any_teacher: Teacher) -> None:
-    """Exactly so where codes are read linearly: a table that follows from the codes, residual convolutions without
-    biases."""
+    """Codes at the scale of noise, that is. Exactly so where codes are read linearly: a table that follows from the
+    codes; residual convolutions without biases, for codes that have the scale of noise themselves."""
     teacher = any_teacher
+    if teacher.family == "var":
+        book = teacher.tokenizer.quantize.embedding.weight
+        book.data = (book - book.mean(0)) / book.std(0, correction=0)
     if teacher.family == "llamagen":
         table = teacher.backbone.tok_embeddings.weight
         table.data = teacher.codebook_VC @ torch.randn(C, table.shape[1], generator=seeded(5)) + 1
@@ -84,7 +104,8 @@ def test_a_code_in_place_of_noise_is_read_as_its_token(any_teacher: Teacher) -> 
     student = make_dd2_student(teacher)
     student.initialize_from(teacher)
     ids = torch.randint(len(teacher.codebook_VC), (3, teacher.length), generator=seeded(1))
-    codes, none = F.embedding(ids, teacher.codebook_VC), torch.zeros(3, dtype=torch.int64)
+    book, none = teacher.codebook_VC, torch.zeros(3, dtype=torch.int64)
+    codes = F.embedding(ids, (book - book.mean(0)) / book.std(0, correction=0))
     with torch.no_grad():
         opening = student.opening(codes, LABELS, none, student.length)
         hidden = student.backbone.hidden(opening.inputs_BND, opening.condition)[:, opening.first :]
@@ -117,6 +138,8 @@ TUNED = {"logits": 0.0, "score": {"weight": 1.0, "tuning": {"steps": 1, "batch":
     ("student", "objective", "told"),
     [
         (DD2 | {"split": 3}, TUNED, "five kinds: give one"),
+        (DD2 | {"noise_level": 0.0}, TUNED, r"student\.noise_level must lie in \(0, 1\], got 0\.0"),
+        ({"noise_level": 0.5}, {}, "student.noise_level is of a student with student.diffusion_head"),
         (DD2 | {"diffusion_head": 0}, TUNED, "student.diffusion_head must be at least 1"),
         (DD2 | {"depth": 1}, TUNED, "student.initial: tuning is for a student with diffusion_head and all layers"),
         ({"initial": "tuning"}, TUNED, "student.initial: tuning is for a student with diffusion_head"),

@@ -250,6 +250,43 @@ def test_dd2s_own_student_starts_from_the_first_stage_too(
     assert torch.equal(students[0], tuned)
 
 
+def test_second_stages_may_share_a_first(model: Path, pairs: Path, tmp_path: Path) -> None:
+    """Taken from an earlier run, it gives what a run of both stages gives; a run's second stage goes on as well."""
+    both = recipe_of(model, tmp_path, *SCORE, *OWN_STUDENT)
+    distill(both, pairs, tmp_path / "both", show_progress=False)
+    first, second = tmp_path / "both" / "tuning", tmp_path / "both"
+    later = recipe_of(model, tmp_path, *SCORE[:-1], *OWN_STUDENT, f"objective.score.initial={first}")
+    distill(later, pairs, tmp_path / "later", show_progress=False)
+    assert not (tmp_path / "later" / "tuning").exists()
+    for name in ("model/model.safetensors", "checkpoint/critics.safetensors"):
+        assert (tmp_path / "later" / name).read_bytes() == (tmp_path / "both" / name).read_bytes()
+
+    still = ["objective.score.lr=1e-30", f"objective.score.initial={second}"]
+    distill(
+        recipe_of(model, tmp_path, *SCORE[:-1], *OWN_STUDENT, *still), pairs, tmp_path / "still", show_progress=False
+    )
+    ours, theirs = (load_file(run / "checkpoint" / "critics.safetensors") for run in (tmp_path / "still", second))
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.mark.parametrize(
+    ("initial", "overrides", "told"),
+    [
+        ("nowhere", [], "neither teacher nor the folder of a run with objective.score: it has no checkpoint/ema"),
+        ("RUN", [], "has no guidance network of this recipe's shape"),
+        ("RUN", SCORE[-1:], "leave it out, or objective.score.initial"),
+    ],
+)
+def test_a_score_term_begins_at_a_guidance_network_that_fits(
+    initial: str, overrides: list[str], told: str, model: Path, pairs: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "plain"
+    distill(recipe_of(model, tmp_path, "training.steps=1"), pairs, run, show_progress=False)
+    begun = [f"objective.score.initial={str(run) if initial == 'RUN' else initial}", *overrides]
+    with pytest.raises(ValueError, match=told):
+        distill(recipe_of(model, tmp_path, *SCORE[:-1], *begun), pairs, tmp_path / "run", show_progress=False)
+
+
 def test_a_run_that_is_there_is_told_before_anything_is_trained(model: Path, pairs: Path, tmp_path: Path) -> None:
     distill(recipe_of(model, tmp_path, "training.steps=1"), pairs, tmp_path / "run", show_progress=False)
     before = tree_of(tmp_path / "run")

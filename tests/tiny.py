@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ddecode.checkpoint import family_module, save_model
+from ddecode.checkpoint import family_module, save_model, zoo_folder
 from ddecode.dd2_student import DD2Student
 from ddecode.draft_student import DraftStudent
 from ddecode.pipeline import DistilledPipeline
@@ -152,12 +152,19 @@ def all_at(place: int) -> Tensor:
     return torch.full((3,), place)
 
 
-def make_dd2_student(teacher: Teacher, *, seed: int = 0, starts: tuple[int, ...] = (0, 4)) -> DD2Student:
+def make_dd2_student(
+    teacher: Teacher, *, seed: int = 0, starts: tuple[int, ...] = (0, 4), noise_level: float = 1.0
+) -> DD2Student:
     """Of either family."""
     family = family_module(teacher.family)
     with torch.random.fork_rng():
         student = family.build_student(
-            family.student_config(teacher, None, shifted=True), teacher.tokenizer, None, starts=starts, head_depth=1
+            family.student_config(teacher, None, shifted=True),
+            teacher.tokenizer,
+            None,
+            starts=starts,
+            head_depth=1,
+            noise_level=noise_level,
         )
     (scramble if teacher.family == "llamagen" else scramble_var)(student, seed + 2)
     assert isinstance(student, DD2Student)
@@ -194,7 +201,7 @@ def distill_recipe(model: Path) -> dict[str, Any]:
         "teacher": str(model),
         "pairs": {"num": 20, "seed": 3, "batch": 5, "shard_size": 8, "num_steps": 8},
         "student": {"starts": [0, 4], "split": 10},
-        "objective": {"logits": 1.0, "embeddings": 0.5},
+        "objective": {"logits": 1.0, "embeddings": 0.5, "features": str(zoo_folder() / "features/fashion-perceptual")},
         "training": {
             "steps": 6, "batch": 4, "lr": 1.0e-3, "warmup_steps": 2,
             "log_every": 1, "save_every": 2, "preview_every": 3,
