@@ -1,6 +1,6 @@
 """What each part of a distillation is worth: short runs that differ from one recipe in one thing, judged together.
 
-    .venv/bin/python tools/measure_ablations.py --out runs/ablations              # all: 95 minutes on 2 CPU cores
+    .venv/bin/python tools/measure_ablations.py --out runs/ablations              # all: 100 minutes on 2 CPU cores
     .venv/bin/python tools/measure_ablations.py --out runs/ablations --only dd1   # one, and the run it starts from
 
 The recipe is configs/fashion-llamagen-ablation.yaml. All rows have the same budget, six minutes of two cores: steps are
@@ -32,6 +32,14 @@ SEEN = ("objective.image_batch=64", "objective.own_prefix=0.5")
 TOKENS = ("objective.score.guidance=tokens", "objective.score.weight={0.15: 1.0}", "objective.score.lr=4.0e-4")
 ADVERSARIAL = ("objective.adversarial.weight=0.3",)
 MATCHING = ("objective.matching={weight: {0.1: 1.0}, temperature: 0.5}",)
+DD2 = (
+    "objective.score.weight={0.08: 1.0}", "objective.score.draws=2", "objective.score.guidance_draws=4",
+    "objective.score.lr=8.0e-4", "objective.score.updates=2", "objective.logits=0", "objective.image_batch=64",
+    "objective.score.tuning={steps: 60, batch: 128, lr: 1.0e-3, warmup_steps: 15}",
+    "objective.score.tuning.precision=bf16", "objective.score.tuning.compile=true", "student.starts=[0]",
+    "student.split=null", "student.diffusion_head=3", "student.noise_level=0.4", "student.initial=tuning",
+    "training.batch=64", "training.lr=4.0e-4", "training.warmup_steps=20", "training.steps=120",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,17 +57,8 @@ ABLATIONS = {
     "few": Ablation(title="DD1, a quarter of the pairs", pairs=10240),
     "random": Ablation(title="DD1, not from the teacher's weights", overrides=("student.initial=random",)),
     "half": Ablation(title="DD1, 3 of 6 layers", overrides=("student.depth=3", "training.steps=850")),
-    "dd2": Ablation(
-        title="DD2: its own student, from its first stage",
-        overrides=(
-            "objective.score.weight=1.0", "objective.score.guidance_draws=4", "objective.score.lr=4.0e-4",
-            "objective.score.updates=2", "objective.logits=0", *SEEN,
-            "objective.score.tuning={steps: 70, batch: 128, lr: 1.0e-3, warmup_steps: 15}",
-            "objective.score.tuning.precision=bf16", "objective.score.tuning.compile=true",
-            "student.split=null", "student.diffusion_head=3", "student.initial=tuning", "training.lr=2.0e-4",
-            "training.steps=70",
-        ),
-    ),
+    "dd2": Ablation(title="DD2: its own student, from its first stage", overrides=DD2),
+    "dd2-mean": Ablation(title="DD2 at its own noise level", overrides=(*DD2, "student.noise_level=1.0")),
     "first": Ablation(title="DD1, half of the time", overrides=("training.steps=230",)),
     "dd1-score": Ablation(
         title="that, then the score term alone",
@@ -149,8 +148,7 @@ def compare(models: dict[str, Path], *, num: int, seed: int) -> ZooResult:
     length = pipe.length
     texts = [f"{name}:0-{length}" for name in models]
     for name, student in students.items():
-        second = student.starts[1]
-        texts.append(f"{name}:0-{second},{name}:{second}-{length}")
+        texts += [f"{name}:0-{second},{name}:{second}-{length}" for second in student.starts[1:]]
     plans = {text: pipe.plan(plan=text) for text in texts}
     return evaluate(pipe, plans, open_judge(folder), model=recipe.teacher, num=num, seed=seed)
 
@@ -164,14 +162,16 @@ def table(result: ZooResult, out: Path, models: dict[str, Path]) -> str:
         "|---|---|---|---|---|---|---|---|",
     ]
     for name in models:
-        one, two = (row for text, row in rows.items() if text.partition(":")[0] == name)
+        own = [row for text, row in rows.items() if text.partition(":")[0] == name]
         ablation = ABLATIONS[name]
         config = read_config(RECIPE, DistillConfig, ablation.overrides)
         steps, spent = str(config.training.steps), minutes(out / name)
         if ablation.begins_from is not None:
             steps, spent = f"+{steps}", spent + minutes(out / ablation.begins_from)
-        figures = [f"{one.control_share:.2%}", f"{two.control_share:.2%}", f"{one.ratio:.2f} / {two.ratio:.2f}"]
-        figures += [f"{one.accuracy:.1%} / {two.accuracy:.1%}", f"{one.variance:.3f} / {two.variance:.3f}"]
+        figures = [f"{row.control_share:.2%}" for row in own] + ["–"] * (2 - len(own))
+        figures.append(" / ".join(f"{row.ratio:.2f}" for row in own))
+        figures.append(" / ".join(f"{row.accuracy:.1%}" for row in own))
+        figures.append(" / ".join(f"{row.variance:.3f}" for row in own))
         lines.append(f"| {' | '.join([ablation.title, *figures, steps, f'{spent:.1f}'])} |")
     return "\n".join(lines)
 
