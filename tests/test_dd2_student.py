@@ -1,5 +1,6 @@
 """DD2's student: where it stands, what it may see, and where it begins."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -128,6 +129,17 @@ def test_it_samples_and_keeps_on_disk(any_teacher: Teacher, tmp_path: Path, caps
     kind = f"dd1-{any_teacher.family}"
     assert "is not DD1's" in refused(capsys, "convert", folder, "--family", kind, "--out", tmp_path / "out")
     assert isinstance(ModelFolder.open(str(folder)).student(), DD2Student)
+
+
+def test_its_level_is_kept_and_was_1_before_there_were_others(tmp_path: Path) -> None:
+    teacher = make_teacher()
+    student = make_dd2_student(teacher, noise_level=0.4)
+    folder = save_tiny(tmp_path / "m", DistilledPipeline(tokenizer=teacher.tokenizer, teacher=teacher, student=student))
+    assert ModelFolder.open(str(folder)).student().noise_level == 0.4
+    config = json.loads((folder / "config.json").read_text())
+    assert config["student"].pop("noise_level") == 0.4
+    (folder / "config.json").write_text(json.dumps(config))
+    assert ModelFolder.open(str(folder)).student().noise_level == 1.0
 
 
 DD2 = {"diffusion_head": 1, "initial": "tuning"}
