@@ -10,6 +10,7 @@ B batch.
 import atexit
 import os
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
 from itertools import chain, islice
@@ -21,6 +22,9 @@ from torch import Tensor, distributed
 
 T = TypeVar("T")
 R = TypeVar("R")
+
+MOMENT = 0.1
+"""Seconds in which threads get the interpreter that wait for it, to let go of what they hold."""
 
 
 def launch() -> PartialState:
@@ -37,13 +41,15 @@ def launch() -> PartialState:
 
 @cache
 def leave_at_exit() -> None:
-    """Once: gloo's threads must have ended before the interpreter does, or it may abort after all is done."""
+    """Once: gloo's threads must let go of tensors that Python knows before the interpreter ends, or they may abort it
+    after all is done (https://github.com/pytorch/pytorch/pull/179291)."""
     atexit.register(leave)
 
 
 def leave() -> None:
     """Part from the other processes, where that has not happened."""
     if distributed.is_available() and distributed.is_initialized():
+        time.sleep(MOMENT)
         distributed.destroy_process_group()
 
 

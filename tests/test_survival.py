@@ -106,8 +106,9 @@ def test_a_full_disk_is_told_and_the_run_goes_on(
     folder = tmp_path / "x"
     expected = whole(verb, judged, folder)
     begin(verb, judged, folder)
+    arguments = arguments_of(verb, judged, folder)
     with room_for(room):
-        assert run(verb, *arguments_of(verb, judged, folder)) == 2
+        assert run(verb, *arguments) == 2
     last = capsys.readouterr().err.rstrip().splitlines()[-1]
     assert last.startswith(f"ddecode {verb}: error: ") and "File too large" in last
     assert not list(folder.rglob("*.new"))
