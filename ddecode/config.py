@@ -74,8 +74,8 @@ class StudentConfig:
     noise_level: float = 1.0
     """Where on that head's way it stands, in (0, 1]: 1 is DD2's; lower, it looks at its noise from the beginning."""
     initial: str = "teacher"
-    """Where its weights come from: `teacher`, `random`, `tuning` (as the score term's guidance network
-    begins, for DD2's student), or a model whose student it goes on from."""
+    """Where its weights come from: `teacher`, `random`, `tuning` (as the score term's guidance network begins, for
+    DD2's student), or a model whose student it goes on from."""
     initial_share: float = 0.0
     """Share of that model's weights in the one that is written, the rest is what training made of them: on the line
     between both lie better ones than at its ends where training overshoots (Wortsman et al., arXiv 2109.01903)."""

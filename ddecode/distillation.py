@@ -123,17 +123,17 @@ def make_score_term(
 def make_guidance(teacher: Teacher, student: Student, recipe: DistillConfig) -> nn.Module:
     """The score term's guidance network as it is before any stage."""
     config = recipe.objective.score
+    if config.guidance == "tokens" and student.split < student.length:
+        raise ValueError(
+            f"objective.score.guidance: tokens is for students that emit tokens at all positions; this one's are "
+            f"vectors from student.split {student.split} on"
+        )
     guidance: nn.Module
     with fresh_weights(recipe.training.seed):
-        if config.guidance == "velocities":
-            guidance = ARDiffusion.from_teacher(teacher, depth=recipe.student.diffusion_head or HEAD_DEPTH)
-        elif student.split < student.length:
-            raise ValueError(
-                f"objective.score.guidance: tokens is for students that emit tokens at all positions; this one's are "
-                f"vectors from student.split {student.split} on"
-            )
-        else:
+        if config.guidance == "tokens":
             guidance = TokenGuidance.from_teacher(teacher, passes=len(student.starts))
+        else:
+            guidance = ARDiffusion.from_teacher(teacher, depth=recipe.student.diffusion_head or HEAD_DEPTH)
     if config.initial != "teacher":
         take_over(guidance, "objective.score", config.initial)
     return guidance
