@@ -131,9 +131,10 @@ def make_guidance(teacher: Teacher, student: Student, recipe: DistillConfig) -> 
     guidance: nn.Module
     with fresh_weights(recipe.training.seed):
         if config.guidance == "tokens":
-            guidance = TokenGuidance.from_teacher(teacher, passes=len(student.starts))
+            guidance = TokenGuidance.from_teacher(teacher, passes=len(student.passes))
         else:
-            guidance = ARDiffusion.from_teacher(teacher, depth=recipe.student.diffusion_head or HEAD_DEPTH)
+            depth = recipe.student.diffusion_head or HEAD_DEPTH
+            guidance = ARDiffusion.from_teacher(teacher, passes=len(student.passes), depth=depth)
     if config.initial != "teacher":
         take_over(guidance, "objective.score", config.initial)
     return guidance
@@ -147,7 +148,7 @@ def make_matching_term(teacher: Teacher, student: Student, pairs: Pairs, config:
     """
     term = config.objective.matching
     with fresh_weights(config.training.seed):
-        guidance = TokenGuidance.from_teacher(teacher, passes=len(student.starts))
+        guidance = TokenGuidance.from_teacher(teacher, passes=len(student.passes))
     if term.initial != "teacher":
         take_over(guidance, "objective.matching", term.initial)
     if config.training.compile:
@@ -157,17 +158,25 @@ def make_matching_term(teacher: Teacher, student: Student, pairs: Pairs, config:
 
 GUIDANCE = {"objective.score": "guidance.", "objective.matching": "token_guidance."}
 """What the names of each term's guidance network begin with among a run's critics."""
+PASSES = "passes.weight"
+"""In its state, one vector for each kind of pass."""
 
 
 def take_over(guidance: nn.Module, term: str, initial: str) -> None:
-    """Give a guidance network the weights of an earlier run's.
+    """Give a guidance network the weights of an earlier run's; kinds of pass that it did not know begin anew.
 
     Raises:
         ValueError: the folder `initial` is no run with one of this shape, or is damaged.
     """
     path = guidance_file(term, initial)
     state = read_tensors(path, GUIDANCE[term] if path.name == CRITICS else "")
-    if {name: t.shape for name, t in state.items()} != {name: t.shape for name, t in guidance.state_dict().items()}:
+    ours = guidance.state_dict()
+    passes_PD = ours[PASSES].clone()
+    known_PD = state.get(PASSES, passes_PD[:0])[: len(passes_PD)]
+    if known_PD.shape[1:] == passes_PD.shape[1:]:
+        passes_PD[: len(known_PD)] = known_PD
+        state[PASSES] = passes_PD
+    if {name: t.shape for name, t in state.items()} != {name: t.shape for name, t in ours.items()}:
         raise ValueError(f"{term}.initial {initial} has no guidance network of this recipe's shape")
     guidance.load_state_dict(state)
 

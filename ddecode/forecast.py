@@ -99,7 +99,7 @@ class TrainingForecast:
     """Of DD2's first stage; 0 without one."""
     memory_bytes: int
     disk_bytes: int
-    """Two checkpoints and the model."""
+    """Two checkpoints of each stage and the model."""
     batch: int
     measured_batch: int
     """Time and memory are extrapolated from it where it is smaller."""
@@ -140,8 +140,10 @@ def forecast_training(config: DistillConfig, pairs_folder: Path, *, patience_s: 
         pairs_folder: pairs of its teacher, of which a few are enough.
 
     Raises:
-        ValueError: see `ddecode.distillation.distill`.
+        ValueError: see `ddecode.distillation.distill`; there are several processes.
     """
+    if launch().num_processes > 1:
+        raise ValueError("--dry-run measures one process: run it without a launcher")
     batch, objective = config.training.batch, config.objective
     first = last = trial(config, pairs_folder, min(batch, FIRST_BATCH))
     fits = int(patience_s / 8 / first.seconds * first.batch)
@@ -182,7 +184,8 @@ def trial(config: DistillConfig, pairs_folder: Path, batch: int) -> Trial:
             seconds=seconds_of_a_step(run),
             tuning_seconds=seconds_of_a_step(run / "tuning") if (run / "tuning").is_dir() else 0.0,
             memory_bytes=peak_bytes(launch().device),
-            disk_bytes=2 * bytes_below(run / "checkpoint") + bytes_below(run / "model"),
+            disk_bytes=2 * sum(bytes_below(stage / "checkpoint") for stage in (run, run / "tuning"))
+            + bytes_below(run / "model"),
         )
 
 

@@ -181,8 +181,18 @@ def check_manifest(folder: Path, manifest: Manifest) -> None:
         ours, theirs = manifest.identity(), present.identity()
         keys = ", ".join(f"{k} ({theirs[k]!r}, not {ours[k]!r})" for k in ours if ours[k] != theirs[k])
         raise ValueError(f"{folder} holds pairs made with another {keys}; choose another --out")
-    if manifest.num < present.num:
-        raise ValueError(f"{folder} holds {present.num} pairs already; --num may only grow, got {manifest.num}")
+    if manifest.num < present.num and manifest.num < (made := pairs_made(folder, present)):
+        raise ValueError(f"{folder} holds {made} pairs already; --num may only grow, got {manifest.num}")
+
+
+def pairs_made(folder: Path, manifest: Manifest) -> int:
+    """Up to the last shard that is there: shards are made in order.
+
+    Raises:
+        ValueError: that one is damaged.
+    """
+    there = [shard for shard in range(manifest.shards) if shard_path(folder, shard).exists()]
+    return there[-1] * manifest.shard_size + len(read_shard(shard_path(folder, there[-1]))["seeds"]) if there else 0
 
 
 def is_complete(folder: Path, manifest: Manifest, shard: int) -> bool:
@@ -360,14 +370,16 @@ class ForcedPairs:
         """noise fp32 [B,L,C], ids int64 [B,L], labels int64 [B], log-probabilities fp16 [B,L,V] under the pairs'
         recipe, -inf for excluded codes."""
         noise_BLC, ids_BL, labels_B = self.pairs.batch(indices)
-        index_B = torch.tensor(indices)
-        if len(self.cache_NLV) and bool(self.cached_N[index_B].all()):
-            return noise_BLC, ids_BL, labels_B, self.cache_NLV[index_B]
-        device = self.teacher.device
-        with torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-            log_probs_BLV = self.teacher.log_probs(ids_BL.to(device), labels_B.to(device), self.recipe)
-        log_probs_BLV = log_probs_BLV.to(torch.float16)
-        fits_B = index_B < len(self.cache_NLV)
-        self.cache_NLV[index_B[fits_B]] = log_probs_BLV.cpu()[fits_B]
-        self.cached_N[index_B[fits_B]] = True
+        index_B, device = torch.tensor(indices), self.teacher.device
+        new_B = ~self.cached_N[index_B]
+        shape = len(indices), *self.cache_NLV.shape[1:]
+        log_probs_BLV = torch.empty(shape, dtype=self.cache_NLV.dtype, device=device)
+        log_probs_BLV[~new_B] = self.cache_NLV[index_B[~new_B]].to(device)
+        if new_B.any():
+            with torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+                new_NLV = self.teacher.log_probs(ids_BL[new_B].to(device), labels_B[new_B].to(device), self.recipe)
+            log_probs_BLV[new_B] = new_NLV.to(log_probs_BLV.dtype)
+            kept_B = new_B & (index_B < len(self.cache_NLV))
+            self.cache_NLV[index_B[kept_B]] = log_probs_BLV[kept_B].cpu()
+            self.cached_N[index_B[kept_B]] = True
         return noise_BLC, ids_BL, labels_B, log_probs_BLV

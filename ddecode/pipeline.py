@@ -340,7 +340,7 @@ class DistilledPipeline:
             callback_on_step_end: called after each pass of a student and each AR step of a teacher with this
                 pipeline, the pass's index, the number of tokens resolved and a dict of tensors. Those it changes in
                 place or returns are what later passes read; a teacher reads changed tokens as their nearest codes, and
-                within its span only those of the step just made.
+                within its span only those of the step just made. Of a student's pass it sees what later passes keep.
             callback_on_step_end_tensor_inputs: names of the tensors in that dict: embeddings_BLC, fp32, zero from the
                 resolved tokens on in a first pass.
 

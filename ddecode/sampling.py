@@ -68,7 +68,7 @@ def execute(
     """
     check_models(plan, models)
     progress = Progress(embeddings_BLC=torch.zeros_like(noise_BLC))
-    for span in plan.spans if after_pass is not None else without_repeats(plan, models):
+    for span in without_repeats(plan, models):
         model, before = models[span.who], progress.network_evaluations
         if isinstance(model, Skip):
             progress.embeddings_BLC[:, span.start : span.stop] = 0
@@ -84,7 +84,7 @@ def execute(
 
 
 def without_repeats(plan: Plan, models: Mapping[str, Model]) -> list[Span]:
-    """The spans, a student's without what later spans emit again: unless someone watches, it would be for nothing."""
+    """The spans, a student's without what later spans emit again, which would be for nothing."""
     spans = []
     for i, span in enumerate(plan.spans):
         stop = min([span.stop, *(later.start for later in plan.spans[i + 1 :])])

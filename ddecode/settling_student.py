@@ -83,10 +83,10 @@ class SettlingStudent(MappedStudent):
         return Prediction(embeddings_BLC=torch.softmax(logits_BLV, -1) @ self.codebook_VC, logits_BLV=logits_BLV)
 
     def kinds(self, start_B: Tensor, stop_B: Tensor) -> list[tuple[int, int]]:
-        """The passes that these samples need; in training those of all processes, for where weights are sharded all
-        must make a pass."""
+        """The passes that these samples need; in training those of all processes, with gradients or without, for where
+        weights are sharded all must make a pass."""
         own = set(zip(start_B.tolist(), stop_B.tolist(), strict=True))
-        if world() == 1 or not torch.is_grad_enabled():
+        if world() == 1 or not self.training:
             return sorted(own)
         return [kind for kind in self.passes if any_of_all(torch.tensor(kind in own, device=self.device))]
 

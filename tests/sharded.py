@@ -27,7 +27,9 @@ from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ddecode import training
-from ddecode.objective_config import ObjectiveConfig
+from ddecode.objective_config import ObjectiveConfig, ScoreConfig
+from ddecode.objectives.guidance import TokenGuidance
+from ddecode.objectives.score import ScoreTerm
 from ddecode.objectives.student import StudentObjective
 from ddecode.processes import rank
 from ddecode.student import Student
@@ -60,6 +62,7 @@ STUDENTS: dict[str, Callable[[], Student]] = {
     "dd1": lambda: make_student(make_teacher(), split=10),
     "drafts": lambda: make_draft_student(make_var_teacher()),
     "wavefront": lambda: make_wavefront_student(make_teacher()),
+    "score": lambda: make_wavefront_student(make_teacher()),
 }
 
 
@@ -68,8 +71,13 @@ def run(
 ) -> dict[str, Tensor]:
     """A training of a student; returns the state of its EMA."""
     student = STUDENTS[kind]()
-    terms = ObjectiveConfig(logits=1.0, embeddings=0.5, teacher_forcing=kind == "wavefront")
-    objective = StudentObjective(student, terms)
+    terms, score = ObjectiveConfig(logits=1.0, embeddings=0.5, teacher_forcing=kind == "wavefront"), None
+    if kind == "score":
+        teacher = make_teacher()
+        score = ScoreTerm(teacher, TokenGuidance.from_teacher(teacher, passes=len(student.passes)))
+        term = ScoreConfig(weight=1.0, guidance="tokens", updates=2)
+        terms = dataclasses.replace(terms, score=term, own_prefix=0.5, image_batch=4)
+    objective = StudentObjective(student, terms, score=score)
     config = dataclasses.replace(CONFIG, precision=precision)
     samples = Sequences(student.length, stop)
     ema = training.train(objective, samples, config, folder, identity={}, resume=resume, show_progress=False)
@@ -91,7 +99,7 @@ def held() -> dict[str, int]:
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         found["weights"] = size(parameters)
         found["gradients"] = size([p.grad for p in parameters if p.grad is not None])
-        found["moments"] = size([optimizer.state[p]["exp_avg_sq"] for p in parameters])
+        found["moments"] = size([state["exp_avg_sq"] for state in optimizer.state.values() if state])
 
     def counted(average: torch.nn.Module, *others: Any) -> None:
         update(average, *others)
@@ -116,3 +124,4 @@ if __name__ == "__main__":
     run(out / "half", precision="bf16")
     run(out / "drafting", kind="drafts")
     run(out / "wavefront", kind="wavefront")
+    run(out / "score", kind="score")

@@ -104,7 +104,7 @@ class AnalyticGuidance(ARDiffusion):
         super().__init__(teacher.backbone, teacher.codebook_VC)
         self.teacher, self.head = teacher, AnalyticHead(teacher.codebook_VC, offset)
 
-    def features(self, ids_BL: Tensor, labels: Any) -> Tensor:
+    def features(self, ids_BL: Tensor, labels: Any, pass_B: Tensor | None = None) -> Tensor:
         return self.teacher.log_probs(ids_BL, labels, Recipe())
 
 

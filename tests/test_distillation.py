@@ -37,6 +37,7 @@ from ddecode.objectives.student import StudentObjective
 from ddecode.objectives.tuning import TuningObjective
 from ddecode.pairs import make_manifest, write_pairs
 from ddecode.pipeline import DistilledPipeline
+from ddecode.run_folder import EMA, SUMS, sha256
 from ddecode.teacher import Recipe
 
 
@@ -129,7 +130,6 @@ def test_a_guidance_network_that_does_not_fit_is_refused(model: Path, pairs: Pat
     assert "nowhere is neither teacher nor the folder of a run with objective.matching" in refusal("nowhere")
     before = tmp_path / "before"
     distill(recipe_of(model, tmp_path, *MATCHING, "training.steps=2"), pairs, before, show_progress=False)
-    assert "has no guidance network of this recipe's shape" in refusal(str(before), "student.starts=[0]")
     path = before / "checkpoint" / "critics.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
     assert "critics.safetensors is damaged" in refusal(str(before))
@@ -267,6 +267,29 @@ def test_second_stages_may_share_a_first(model: Path, pairs: Path, tmp_path: Pat
     )
     ours, theirs = (load_file(run / "checkpoint" / "critics.safetensors") for run in (tmp_path / "still", second))
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_a_first_stage_serves_students_of_other_starts(model: Path, pairs: Path, tmp_path: Path) -> None:
+    """It knows one kind of pass, or none if it is of before they were told apart; the others begin at zero."""
+    one = recipe_of(model, tmp_path, *SCORE, *OWN_STUDENT, "student.starts=[0]")
+    distill(one, pairs, tmp_path / "one", show_progress=False)
+    first = tmp_path / "one" / "tuning"
+    begun = ["student.starts=[0, 4]", f"objective.score.initial={first}", "objective.score.lr=1e-30"]
+    two = recipe_of(model, tmp_path, *SCORE[:-1], *OWN_STUDENT, *begun)
+
+    def second(name: str) -> dict[str, Tensor]:
+        distill(two, pairs, tmp_path / name, show_progress=False)
+        return load_file(tmp_path / name / "checkpoint" / "critics.safetensors")
+
+    told = second("told apart")
+    assert len(told["guidance.passes.weight"]) == 2 and told["guidance.passes.weight"].abs().max() < 1e-20
+    saved, sums = first / "checkpoint" / EMA, first / "checkpoint" / SUMS
+    state = load_file(saved)
+    del state["passes.weight"]
+    before = sha256(saved)
+    save_file(state, saved)
+    sums.write_text(sums.read_text().replace(before, sha256(saved)))
+    assert all(torch.equal(told[name], tensor) for name, tensor in second("before").items())
 
 
 @pytest.mark.parametrize(

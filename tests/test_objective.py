@@ -4,7 +4,17 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import C, L, V, make_draft_student, make_student, make_var_teacher, scramble, seeded
+from tiny import (
+    C,
+    L,
+    V,
+    make_draft_student,
+    make_student,
+    make_var_teacher,
+    make_wavefront_student,
+    scramble,
+    seeded,
+)
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -77,24 +87,25 @@ def test_image_terms_may_begin_late(teacher: Teacher, features: FeatureNetwork) 
     assert "perceptual" in loss_of(objective, progress=0.5)[1]
 
 
+@pytest.mark.parametrize("kind", ["dd1", "wavefront"])
 def test_the_own_prefix_is_what_sampling_in_two_steps_keeps(
-    teacher: Teacher, features: FeatureNetwork, monkeypatch: pytest.MonkeyPatch
+    kind: str, teacher: Teacher, features: FeatureNetwork, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With every sample's prefix its own, the decoded batch is that of the plan with a second pass."""
-    student = make_student(teacher, starts=(0, 4), split=L)
+    student = make_student(teacher, starts=(0, 4), split=L) if kind == "dd1" else make_wavefront_student(teacher)
+    kept = student.starts[1]
     config = ObjectiveConfig(logits=0.0, energy=1.0, own_prefix=1.0)
     objective = StudentObjective(student, config, features=features)
     decoded = []
     look = objective.look
     monkeypatch.setattr(objective, "look", lambda codes: (decoded.append(codes), look(codes))[1])
     loss_of(objective)
-    first = student.emit(NOISE, LABELS, 0, L)
-    second = student.emit(torch.cat([first[:, :4], NOISE[:, 4:]], 1), LABELS, 4, L)
-    two_steps = torch.cat([first[:, :4], second], 1)
-    is_first = [torch.allclose(row, ours, atol=1e-5) for row, ours in zip(decoded[0], first, strict=True)]
-    is_second = [torch.allclose(row, ours, atol=1e-5) for row, ours in zip(decoded[0], two_steps, strict=True)]
-    assert all(a or b for a, b in zip(is_first, is_second, strict=True))
-    assert not all(is_first) and not all(is_second)
+    whole, first = student.emit(NOISE, LABELS, 0, L), student.emit(NOISE, LABELS, 0, kept)
+    second = student.emit(torch.cat([first, NOISE[:, kept:]], 1), LABELS, kept, L)
+    stopped = torch.cat([first, F.embedding(IDS, student.codebook_VC)[:, kept:]], 1)  # a wavefront's pass of its own
+    ways = [whole, torch.cat([first, second], 1), *([stopped] if kind == "wavefront" else [])]
+    made = [[torch.allclose(row, ours, atol=1e-5) for row, ours in zip(decoded[0], way, strict=True)] for way in ways]
+    assert all(map(any, zip(*made, strict=True))) and all(map(any, made))
 
 
 @pytest.mark.parametrize("kind", ["draft", "dd1"])
@@ -105,11 +116,12 @@ def test_a_process_without_an_own_prefix_makes_a_pass_that_nobody_reads(
     objective = StudentObjective(student, ObjectiveConfig(energy=1.0, own_prefix=0.5), features=features)
     monkeypatch.setattr("ddecode.objectives.student.any_of_all", lambda own_B: True)
     codes = F.embedding(IDS, student.codebook_VC)
-    own = torch.zeros(len(IDS), dtype=torch.bool)
-    assert torch.equal(objective.first_pass(codes, NOISE, LABELS, own), codes)
+    own, start = torch.zeros(len(IDS), dtype=torch.bool), torch.full((len(IDS),), student.starts[1])
+    assert torch.equal(objective.first_pass(codes, NOISE, LABELS, own, start), codes)
     own[1] = True
-    prefix = objective.first_pass(codes, NOISE, LABELS, own)
-    assert torch.equal(prefix[1:2], student.emit(NOISE[1:2], LABELS[1:2], 0, L)) and torch.equal(prefix[0], codes[0])
+    prefix, kept = objective.first_pass(codes, NOISE, LABELS, own, start), student.starts[1]
+    assert torch.equal(prefix[1:2, :kept], student.emit(NOISE[1:2], LABELS[1:2], 0, kept))
+    assert torch.equal(prefix[1, kept:], codes[1, kept:]) and torch.equal(prefix[0], codes[0])
 
 
 def test_the_own_prefix_takes_no_part_in_the_cross_entropy(teacher: Teacher, features: FeatureNetwork) -> None:

@@ -128,6 +128,16 @@ def test_a_grown_number_equals_that_number_at_once(whole: Path, teacher: Teacher
     assert tree_of(tmp_path / "grown") == tree_of(whole)
 
 
+def test_a_number_that_was_too_large_may_be_taken_back(whole: Path, copy: Path, teacher: Teacher) -> None:
+    """As long as it is not less than what was made."""
+    manifest = json.loads((copy / "manifest.json").read_text())
+    (copy / "manifest.json").write_text(json.dumps(manifest | {"num": 3_000_000}))
+    with pytest.raises(ValueError, match="holds 28 pairs already; --num may only grow, got 27"):
+        write(teacher, copy, num=27)
+    write(teacher, copy, num=28)
+    assert tree_of(copy) == tree_of(whole)
+
+
 @pytest.mark.parametrize("damage", ["flipped", "truncated", "emptied", "missing", "swapped"])
 def test_a_damaged_shard_is_named(damage: str, copy: Path, teacher: Teacher) -> None:
     path = copy / SHARDS[1]
@@ -261,3 +271,20 @@ def test_forced_pairs_are_the_same_from_memory(kept: int, whole: Path, teacher: 
         for indices in ([0, 4, 9], [4, 5, 27]):
             assert torch.equal(forced.batch(indices)[3], fresh.batch(indices)[3])
     assert int(forced.cached_N.sum()) == {0: 0, 6: 3, 28: 5}[kept]
+
+
+def test_what_is_in_memory_is_not_computed_again(
+    whole: Path, teacher: Teacher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever else is in the batch."""
+    computed, log_probs = [], teacher.log_probs
+
+    def counted(ids_BL: torch.Tensor, *arguments: Any) -> torch.Tensor:
+        computed.append(len(ids_BL))
+        return log_probs(ids_BL, *arguments)
+
+    monkeypatch.setattr(teacher, "log_probs", counted)
+    forced = ForcedPairs(Pairs(whole), teacher, cache_gib=6 * L * 32 * 2 / 2**30)
+    for indices in ([0, 9], [0, 4, 9], [4, 27, 0], [0, 4]):
+        forced.batch(indices)
+    assert computed == [2, 2, 1]

@@ -4,6 +4,7 @@ R noise draws, B batch, L positions, V codes, C code width.
 """
 
 import math
+from dataclasses import replace
 from typing import Any, Literal
 
 import pytest
@@ -343,3 +344,63 @@ def test_the_student_goes_back_to_its_average_only_where_the_term_is_on() -> Non
         False,
         True,
     ]
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_the_guidance_networks_turn_shows_it_every_pass(share: float) -> None:
+    """Behind the pairs' tokens or, by `own_prefix`, behind the student's own."""
+    teacher = make_teacher()
+    student = make_student(teacher, starts=(0, 3))
+    scramble(student, 1)
+    seen: dict[str, Tensor] = {}
+
+    class Watched(ScoreTerm):
+        def guidance_loss(self, emitted_BLC: Tensor, *arguments: Any, **options: Any) -> Any:
+            seen.update(emitted=emitted_BLC, labels=arguments[0], open=arguments[2], passes=options["pass_B"])
+            return super().guidance_loss(emitted_BLC, *arguments, **options)
+
+    guidance = ARDiffusion.from_teacher(teacher, passes=2, width=8)
+    scramble(guidance.head, 2)  # which begins blind
+    term = Watched(teacher, guidance)
+    config = ObjectiveConfig(score=ScoreConfig(weight=1.0, updates=2), image_batch=12, own_prefix=share)
+    ids = teacher.generate(labels := torch.tensor([0, 1] * 8), generator=seeded(1))
+    noise = torch.randn(16, teacher.length, teacher.codebook_VC.shape[1], generator=seeded(0))
+    loss, _ = StudentObjective(student, config, score=term)(noise, ids, labels, generator=seeded(2), step=0)
+    loss.backward()
+    assert all(p.grad is None for p in student.parameters())
+    gradient = guidance.passes.weight.grad
+    assert gradient is not None and gradient[1].any()
+
+    noise, codes, labels, second = noise[:12], teacher.codebook_VC[ids[:12]], labels[:12], seen["passes"].bool()
+    assert torch.equal(seen["labels"], labels) and 0 < second.sum() < 12
+    whole = student.emit(noise, labels, 0, teacher.length)
+    torch.testing.assert_close(seen["emitted"][~second], whole[~second])
+    assert seen["open"][~second].all() and not seen["open"][second, :3].any() and seen["open"][second, 3:].all()
+    before = (whole if share else codes)[:, :3]
+    behind = student.emit(torch.cat([before, noise[:, 3:]], 1), labels, 3, teacher.length)
+    torch.testing.assert_close(seen["emitted"][second], torch.cat([before, behind], 1)[second])
+
+
+@pytest.mark.parametrize("tokens", [False, True])
+def test_guidance_networks_learn_each_pass_for_itself(tokens: bool) -> None:
+    """A generator emits one code in one pass and another in two: told the pass, the network knows which."""
+    teacher, passes = make_teacher(), torch.arange(32) % 2
+    ids, labels = (1 + passes)[:, None].expand(-1, teacher.length), torch.zeros(32, dtype=torch.int64)
+    emitted, open_BL = teacher.codebook_VC[ids], torch.zeros(32, teacher.length, dtype=torch.bool)
+    open_BL[:, 0] = True  # what comes later could be told from what comes before
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        guidance: Guidance = ARDiffusion.from_teacher(teacher, passes=2, width=16, depth=1)
+    if tokens:
+        guidance = TokenGuidance.from_teacher(teacher, passes=2)
+    term, optimizer, noise = ScoreTerm(teacher, guidance), torch.optim.Adam(guidance.parameters(), lr=1e-2), seeded(0)
+    for _ in range(160):
+        optimizer.zero_grad()
+        term.guidance_loss(emitted, labels, noise, open_BL, pass_B=passes)[0].backward()
+        optimizer.step()
+    assert not guidance.passes.weight[0].any() and guidance.passes.weight[1].any()
+    blurred = noisy_codes(emitted, 4, seeded(1))
+    blurred = replace(blurred, time_RBL=torch.ones_like(blurred.time_RBL), x_RBLC=blurred.noise_RBLC)
+    means = guidance.posterior_means(ids, labels, blurred, teacher.codebook_VC, passes)[:, :, 0]
+    right, wrong = emitted[:, 0], teacher.codebook_VC[2 - passes]
+    assert ((means - right).square().sum(-1) < 0.5 * (means - wrong).square().sum(-1)).all()

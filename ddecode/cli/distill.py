@@ -8,6 +8,7 @@ from ddecode.cli.arguments import add_config
 from ddecode.config import DistillConfig, read_config
 from ddecode.distillation import distill
 from ddecode.forecast import forecast_training
+from ddecode.processes import rank
 
 
 def add_parser(verbs: Any) -> None:
@@ -28,4 +29,5 @@ def run(args: argparse.Namespace) -> None:
         print(forecast_training(config, args.pairs))
         return
     model = distill(config, args.pairs, args.out, resume=args.resume)
-    print(f"student -> {model}")
+    if rank() == 0:
+        print(f"student -> {model}")

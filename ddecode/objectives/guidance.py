@@ -27,7 +27,27 @@ class Guidance(nn.Module, ABC):
 
     `ARDiffusion` learns velocities, as DD2 does; `TokenGuidance` probabilities of tokens, which say the same of a
     generator that emits codes alone.
+
+    Args:
+        backbone: trained; it reads token ids as the teacher does.
+        passes: how many kinds of pass the generator makes. What it emits behind a prefix differs from what it emits
+            there in one pass, so all kinds but the first get a vector of their own beside the condition.
     """
+
+    def __init__(self, backbone: Backbone, passes: int) -> None:
+        super().__init__()
+        assert isinstance(backbone, nn.Module)
+        self.backbone = backbone
+        self.passes = nn.Embedding(passes, backbone.width, padding_idx=0)
+        nn.init.zeros_(self.passes.weight)
+
+    def condition(self, labels: Any, pass_B: Tensor | None) -> Condition:
+        """The backbone's, told the pass, int64; None is the first for all."""
+        condition = self.backbone.condition(labels)
+        prefix_BPD = condition.prefix_BPD
+        if pass_B is None:
+            pass_B = torch.zeros(len(prefix_BPD), dtype=torch.int64, device=prefix_BPD.device)
+        return dataclasses.replace(condition, prefix_BPD=prefix_BPD + self.passes(pass_B)[:, None].to(prefix_BPD.dtype))
 
     @abstractmethod
     def posterior_means(
@@ -40,8 +60,7 @@ class Guidance(nn.Module, ABC):
             labels: int64 [B], or captions.
             noisy: of the generator's output.
             codebook_VC: the codes.
-            pass_B: int64, in which of its passes the generator emitted them, for networks that tell them apart; None
-                is the first.
+            pass_B: int64, in which of its passes the generator emitted them; None is the first.
         """
 
     @abstractmethod
@@ -63,23 +82,29 @@ class ARDiffusion(Guidance):
     Args:
         backbone: trained; its logit head is not used.
         codebook_VC: sets the scale of the head.
+        passes: see `Guidance`.
         width: of the head; None is the backbone's.
         depth: of the head.
     """
 
-    def __init__(self, backbone: Backbone, codebook_VC: Tensor, *, width: int | None = None, depth: int = 3) -> None:
-        super().__init__()
-        assert isinstance(backbone, nn.Module)
-        self.backbone = backbone
-        self.head = DiffusionHead(backbone.width, codebook_VC.shape[1], width, depth).to(codebook_VC.device)
+    def __init__(
+        self, backbone: Backbone, codebook_VC: Tensor, *, passes: int = 1, width: int | None = None, depth: int = 3
+    ) -> None:
+        super().__init__(backbone, passes)
+        self.head = DiffusionHead(backbone.width, codebook_VC.shape[1], width, depth)
         self.head.calibrate(codebook_VC)
 
     @classmethod
-    def from_teacher(cls, teacher: Teacher, *, width: int | None = None, depth: int = 3) -> "ARDiffusion":
+    def from_teacher(
+        cls, teacher: Teacher, *, passes: int = 1, width: int | None = None, depth: int = 3
+    ) -> "ARDiffusion":
         """A copy of the teacher's backbone under a fresh head."""
-        return cls(teacher.trainable_backbone(), teacher.codebook_VC, width=width, depth=depth)
+        backbone, codebook_VC = teacher.trainable_backbone(), teacher.codebook_VC
+        return cls(backbone, codebook_VC, passes=passes, width=width, depth=depth).to(teacher.device)
 
-    def forward(self, ids_BL: Tensor, labels: Any, x_RBLC: Tensor, time_RBL: Tensor) -> Tensor:
+    def forward(
+        self, ids_BL: Tensor, labels: Any, x_RBLC: Tensor, time_RBL: Tensor, pass_B: Tensor | None = None
+    ) -> Tensor:
         """Velocities of noisy codes, given the tokens before them.
 
         Args:
@@ -87,21 +112,22 @@ class ARDiffusion(Guidance):
             labels: int64 [B], or captions.
             x_RBLC: noisy codes; R may be left out.
             time_RBL: noise level in (0, 1].
+            pass_B: see `posterior_means`.
 
         Returns:
             fp32, of x's shape.
         """
-        return self.head(self.features(ids_BL, labels), x_RBLC, time_RBL)
+        return self.head(self.features(ids_BL, labels, pass_B), x_RBLC, time_RBL)
 
-    def features(self, ids_BL: Tensor, labels: Any) -> Tensor:
+    def features(self, ids_BL: Tensor, labels: Any, pass_B: Tensor | None = None) -> Tensor:
         """What the tokens of earlier AR steps say about each position: [B,L,D]."""
-        return forced_hidden(self.backbone, ids_BL, self.backbone.condition(labels))
+        return forced_hidden(self.backbone, ids_BL, self.condition(labels, pass_B))
 
     def posterior_means(
         self, ids_BL: Tensor, labels: Any, noisy: NoisyCodes, codebook_VC: Tensor, pass_B: Tensor | None = None
     ) -> Tensor:
         with torch.no_grad():
-            features_BLD = self.features(ids_BL, labels)
+            features_BLD = self.features(ids_BL, labels, pass_B)
         frozen = {name: parameter.detach() for name, parameter in self.head.named_parameters()}
         arguments = (features_BLD, noisy.x_RBLC, noisy.time_RBL)
         velocity_RBLC: Tensor = functional_call(self.head, frozen, arguments)
@@ -111,7 +137,7 @@ class ARDiffusion(Guidance):
         self, ids_BL: Tensor, labels: Any, codes_BLC: Tensor, noisy: NoisyCodes, pass_B: Tensor | None = None
     ) -> Tensor:
         """Squared, of eps - q, whose mean is the velocity; the mean over noise draws and directions."""
-        velocity_RBLC = self(ids_BL, labels, noisy.x_RBLC, noisy.time_RBL)
+        velocity_RBLC = self(ids_BL, labels, noisy.x_RBLC, noisy.time_RBL, pass_B)
         return (velocity_RBLC - (noisy.noise_RBLC - codes_BLC)).square().mean((0, -1))
 
     @torch.no_grad()
@@ -143,7 +169,7 @@ class ARDiffusion(Guidance):
                 x_BNC = x_BNC - slope_BNC / num_steps
             return nearest_code(x_BNC, codebook_VC)
 
-        return unroll(self.backbone, self.backbone.condition(labels), read)
+        return unroll(self.backbone, self.condition(labels, None), read)
 
 
 class TokenGuidance(Guidance):
@@ -151,18 +177,7 @@ class TokenGuidance(Guidance):
 
     What it says of noisy codes is exact for the probabilities that it has learned, so, unlike a network of velocities,
     it has no first stage to go through before it serves in the score term.
-
-    Args:
-        backbone: trained; it reads and predicts tokens as the teacher does.
-        passes: how many kinds of pass there are; each gets a vector of its own beside the condition.
     """
-
-    def __init__(self, backbone: Backbone, passes: int) -> None:
-        super().__init__()
-        assert isinstance(backbone, nn.Module)
-        self.backbone = backbone
-        self.passes = nn.Embedding(passes, backbone.width)
-        nn.init.zeros_(self.passes.weight)
 
     @classmethod
     def from_teacher(cls, teacher: Teacher, passes: int) -> "TokenGuidance":
@@ -173,14 +188,6 @@ class TokenGuidance(Guidance):
         """Logits fp32 [B,L,V], each position given the tokens of earlier AR steps; pass_B int64, None is 0 for all."""
         condition = self.condition(labels, pass_B)
         return self.backbone.logits(forced_hidden(self.backbone, ids_BL, condition), condition).float()
-
-    def condition(self, labels: Any, pass_B: Tensor | None) -> Condition:
-        """The backbone's, told the pass."""
-        condition = self.backbone.condition(labels)
-        prefix_BPD = condition.prefix_BPD
-        if pass_B is None:
-            pass_B = torch.zeros(len(prefix_BPD), dtype=torch.int64, device=prefix_BPD.device)
-        return dataclasses.replace(condition, prefix_BPD=prefix_BPD + self.passes(pass_B)[:, None].to(prefix_BPD.dtype))
 
     def posterior_means(
         self, ids_BL: Tensor, labels: Any, noisy: NoisyCodes, codebook_VC: Tensor, pass_B: Tensor | None = None

@@ -10,6 +10,7 @@ distillation (arXiv 2311.18828).
 B batch, L token positions, K autoregressive steps, C code width, F feature width.
 """
 
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -89,21 +90,23 @@ class StudentObjective(Objective):
                 features.descriptor_width,
                 theirs=theirs,
                 ours=ours,
-                kinds=2 * len(student.starts) - 1,
+                kinds=2 * len(student.passes) - 1,
                 spread_rate=config.energy_spread,
             )
             self.critics["energy"] = remembered.to(student.device)
         looks = config.uses_images or config.score.weight or config.matching.weight
         if looks and config.image_batch % world():
             raise ValueError(f"objective.image_batch {config.image_batch} does not divide over {world()} processes")
-        self.few = slice(config.image_batch // world())
-        """This process's share of the samples whose output is seen."""
-        passes = student.passes if config.teacher_forcing else [(start, student.length) for start in student.starts]
-        self.starts, self.stops = torch.tensor(passes).unbind(1)
+        self.starts, self.stops = torch.tensor(student.passes).unbind(1)
         """Of the kinds of pass."""
         self.told_L = torch.arange(student.length) < student.split
         """The positions that are emitted as tokens."""
         self.grid = flow_grid(student.codebook_VC, REDRAWING_STEPS)
+
+    @property
+    def few(self) -> slice:
+        """This process's share of the samples whose output is seen."""
+        return slice(self.config.image_batch // world())
 
     def realigns(self, step: int, progress: float) -> bool:
         return weight_at(self.config.score.weight, progress) > 0 and self.config.score.realigns(step)
@@ -120,42 +123,37 @@ class StudentObjective(Objective):
         step: int = 0,
     ) -> tuple[Tensor, Metrics]:
         student, config = self.model, self.config
-        batch, length = ids_BL.shape
+        length = ids_BL.shape[1]
         scored = weight_at(config.score.weight, progress)
-        if scored and not config.score.students_turn(step):
-            return self.guidance_turn(noise_BLC, labels_B, generator)
+        guidance_alone = bool(scored) and not config.score.students_turn(step)
+        if guidance_alone:
+            few = self.few
+            noise_BLC, ids_BL, labels_B = noise_BLC[few], ids_BL[few], labels_B[few]
+            log_probs_BLV = None if log_probs_BLV is None else log_probs_BLV[few]
         if config.fresh_noise:
             assert log_probs_BLV is not None
             noise_BLC = tokens_to_noise(ids_BL, log_probs_BLV, student.codebook_VC, generator, grid=self.grid)
+        if guidance_alone:
+            return self.guidance_turn(noise_BLC, ids_BL, labels_B, generator, progress)
         target_BLV = log_probs_BLV if config.targets == "probabilities" else None
         codes_BLC = F.embedding(ids_BL, student.codebook_VC)
-        chosen_B = draw(partial(torch.randint, len(self.starts)), (batch,), generator).to(ids_BL.device)
-        start_B = self.starts.to(ids_BL.device)[chosen_B]
-        stop_B = self.stops.to(ids_BL.device)[chosen_B]
-        position_L = torch.arange(length, device=ids_BL.device)
-        open_BL = (position_L >= start_B[:, None]) & (position_L < stop_B[:, None])
         sees_images = any(self.image_weights(progress))
         # before either term begins its guidance network learns alone
         studied, guided = bool(config.score.weight), bool(config.matching.weight)
         few = self.few if sees_images or studied or guided else slice(0)
-
-        share = weight_at(config.own_prefix, progress)
-        own_B = torch.zeros_like(start_B, dtype=torch.bool)
-        own_B[few] = (draw(torch.rand, (batch,), generator).to(start_B.device) < share)[few] & (start_B[few] > 0)
-        prefix_BLC = self.first_pass(codes_BLC, noise_BLC, labels_B, own_B) if share else codes_BLC
-        sequence_BLC = torch.where(open_BL[..., None], noise_BLC, prefix_BLC)
+        asked = self.ask(noise_BLC, codes_BLC, labels_B, few, generator, progress)
+        open_BL, own_B, chosen_B = asked.open_BL, asked.own_B, asked.chosen_B
         told = {"told_BL": ids_BL} if config.teacher_forcing else {}
         if (self.stops < length).any():
-            told["stop_B"] = stop_B
-        prediction = student(sequence_BLC, labels_B, start_B, **told)
+            told["stop_B"] = asked.stop_B
+        prediction = student(asked.sequence_BLC, labels_B, asked.start_B, **told)
 
         # the pair's tokens follow from the teacher's prefix, not from the student's own
         loss, metrics = self.regression(prediction, ids_BL, codes_BLC, open_BL & ~own_B[:, None], progress, target_BLV)
         if not (sees_images or studied or guided):
             return loss, metrics
         seen = Prediction(embeddings_BLC=prediction.embeddings_BLC[few], logits_BLV=prediction.logits_BLV[few])
-        emitted_BLC = student.emitted(seen, sequence_BLC[few])
-        emitted_BLC = torch.where(open_BL[few][..., None], emitted_BLC, prefix_BLC[few])
+        emitted_BLC = self.emitted(seen, asked.sequence_BLC[few], open_BL[few])
         if sees_images:
             kind_B = 2 * chosen_B - own_B.long()  # of starts, and of two ways to come to all but the first of them
             terms, seen_metrics = self.image_terms(
@@ -164,7 +162,7 @@ class StudentObjective(Objective):
             loss = loss + terms
             metrics |= seen_metrics
         if guided:
-            alone_B = own_B | (start_B == 0)  # nothing of these is the teacher's
+            alone_B = own_B | (asked.start_B == 0)  # nothing of these is the teacher's
             counted_BL = (open_BL & alone_B[:, None])[few]
             push, error, matches = self.match(seen, emitted_BLC, labels_B[few], counted_BL, chosen_B[few])
             loss = loss + weight_at(config.matching.weight, progress) * push + error
@@ -184,14 +182,54 @@ class StudentObjective(Objective):
             metrics |= errors
         return loss, metrics
 
-    def first_pass(self, codes_BLC: Tensor, noise_BLC: Tensor, labels_B: Tensor, own_B: Tensor) -> Tensor:
-        """The codes, in `own_B` the student's own of one pass from noise."""
-        if not any_of_all(own_B):
-            return codes_BLC
-        # where weights are sharded all must make a pass: with none of its own a process makes one that nobody reads
-        rows_B = own_B if own_B.any() else torch.arange(len(own_B), device=own_B.device) == 0
-        emitted = self.model.emit(noise_BLC[rows_B], labels_B[rows_B], 0, noise_BLC.shape[1])
-        return codes_BLC.masked_scatter(own_B[:, None, None], emitted.to(codes_BLC.dtype))
+    def ask(
+        self,
+        noise_BLC: Tensor,
+        codes_BLC: Tensor,
+        labels_B: Tensor,
+        few: slice,
+        generator: torch.Generator,
+        progress: float,
+    ) -> "Asked":
+        """Draw for each sample which pass the student is to make and, among the `few`, what stands before it."""
+        batch, length = codes_BLC.shape[:2]
+        device = codes_BLC.device
+        chosen_B = draw(partial(torch.randint, len(self.starts)), (batch,), generator).to(device)
+        start_B, stop_B = self.starts.to(device)[chosen_B], self.stops.to(device)[chosen_B]
+        position_L = torch.arange(length, device=device)
+        open_BL = (position_L >= start_B[:, None]) & (position_L < stop_B[:, None])
+
+        share = weight_at(self.config.own_prefix, progress)
+        own_B = torch.zeros_like(start_B, dtype=torch.bool)
+        own_B[few] = (draw(torch.rand, (batch,), generator).to(device) < share)[few] & (start_B[few] > 0)
+        prefix_BLC = self.first_pass(codes_BLC, noise_BLC, labels_B, own_B, start_B) if share else codes_BLC
+        return Asked(
+            chosen_B=chosen_B,
+            start_B=start_B,
+            stop_B=stop_B,
+            open_BL=open_BL,
+            own_B=own_B,
+            sequence_BLC=torch.where(open_BL[..., None], noise_BLC, prefix_BLC),
+        )
+
+    def first_pass(
+        self, codes_BLC: Tensor, noise_BLC: Tensor, labels_B: Tensor, own_B: Tensor, start_B: Tensor
+    ) -> Tensor:
+        """The codes, in `own_B` before the start the student's own of one pass from noise."""
+        prefix_BLC = codes_BLC.clone()
+        for start in self.model.starts[1:]:
+            these_B = own_B & (start_B == start)
+            if not any_of_all(these_B):
+                continue
+            # where weights are sharded all must make a pass: with none of its own a process makes one that nobody reads
+            rows_B = these_B if these_B.any() else torch.arange(len(own_B), device=own_B.device) == 0
+            emitted_BNC = self.model.emit(noise_BLC[rows_B], labels_B[rows_B], 0, start).to(codes_BLC.dtype)
+            prefix_BLC[these_B, :start] = emitted_BNC[these_B[rows_B]]
+        return prefix_BLC
+
+    def emitted(self, prediction: Prediction, sequence_BLC: Tensor, open_BL: Tensor) -> Tensor:
+        """What the student makes of a sequence: its own where it was asked, else what stood there."""
+        return torch.where(open_BL[..., None], self.model.emitted(prediction, sequence_BLC), sequence_BLC)
 
     def regression(
         self,
@@ -301,11 +339,35 @@ class StudentObjective(Objective):
         assert self.features is not None
         return self.features(self.model.tokenizer.decode(codes_BLC))
 
-    def guidance_turn(self, noise_BLC: Tensor, labels_B: Tensor, generator: torch.Generator) -> tuple[Tensor, Metrics]:
-        """A step in which the guidance network alone learns, on samples of the student in one pass."""
+    def guidance_turn(
+        self, noise_BLC: Tensor, ids_BL: Tensor, labels_B: Tensor, generator: torch.Generator, progress: float
+    ) -> tuple[Tensor, Metrics]:
+        """A step in which the guidance network alone learns, on what the student emits in each of its passes."""
         assert self.score is not None
-        emitted_BLC = self.model.emit(noise_BLC[self.few], labels_B[self.few], 0, noise_BLC.shape[1])
-        return self.score.guidance_loss(emitted_BLC, labels_B[self.few], generator)
+        with torch.no_grad():
+            codes_BLC = F.embedding(ids_BL, self.model.codebook_VC)
+            asked = self.ask(noise_BLC, codes_BLC, labels_B, slice(None), generator, progress)
+            prediction = self.model(asked.sequence_BLC, labels_B, asked.start_B)
+            emitted_BLC = self.emitted(prediction, asked.sequence_BLC, asked.open_BL)
+        return self.score.guidance_loss(emitted_BLC, labels_B, generator, asked.open_BL, pass_B=asked.chosen_B)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """What a student is asked for."""
+
+    chosen_B: Tensor
+    """Which kind of pass, int64."""
+    start_B: Tensor
+    """Its first token, int64."""
+    stop_B: Tensor
+    """Its end, int64."""
+    open_BL: Tensor
+    """bool, the tokens that it is to emit."""
+    own_B: Tensor
+    """bool, whether the prefix is the student's own rather than the pair's."""
+    sequence_BLC: Tensor
+    """Noise where open, else codes."""
 
 
 def by_step(values_L: Tensor, steps: tuple[int, ...]) -> Tensor:
