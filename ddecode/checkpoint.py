@@ -58,17 +58,21 @@ def family_module(family: str) -> ModuleType:
     return importlib.import_module(FAMILIES[family])
 
 
-def backbone_family(backbone: object) -> str:
-    """The family whose loader builds such a backbone.
+def saved_family(backbone: object, tokenizer: object, told: str | None) -> str:
+    """The family whose loader builds these again: the one told, if it is one of `FAMILIES`, or the first that fits.
 
     Raises:
         ValueError: there is none.
     """
-    config = getattr(backbone, "config", None)
-    for family in FAMILIES:
-        if isinstance(config, family_module(family).BackboneConfig):
+    sizes, codes = (getattr(part, "config", None) for part in (backbone, tokenizer))
+    for family in [told] if told in FAMILIES else FAMILIES:
+        loader = family_module(family)
+        if isinstance(sizes, loader.BackboneConfig) and isinstance(codes, loader.TokenizerConfig):
             return family
-    raise ValueError(f"only models of {', '.join(FAMILIES)} can be saved, and {type(backbone).__name__} is neither")
+    raise ValueError(
+        f"only models of {', '.join(FAMILIES)} can be saved, and {type(backbone).__name__} with "
+        f"{type(tokenizer).__name__} is neither"
+    )
 
 
 def loaders() -> ModuleType:

@@ -33,6 +33,8 @@ class Options:
     patch_nums: tuple[int, ...] | None = None
     n_head: int | None = None
     block_size: int | None = None
+    num_classes: int | None = None
+    """The first of the state's, where its table is larger than what was trained."""
     starts: tuple[int, ...] | None = None
     split: int | None = None
 
@@ -104,8 +106,10 @@ def to_folder(source: str, kind: str, out: Path, tokenizer: str | None, options:
     state = read_kind(source, kind)
     family = family_module(family_of(kind))
     is_student = adapter_of(kind).part == "student"
-    check_options(options, (*family.SIZE_OPTIONS, *(("starts", "split") if is_student else ())), kind)
+    check_options(options, (*family.SIZE_OPTIONS, "num_classes", *(("starts", "split") if is_student else ())), kind)
     check_new(out)
+    if options.num_classes is not None:
+        state = first_classes(state, adapter_of(kind).labels, options.num_classes)
     sizes = {name: value for name, value in options.given.items() if name in family.SIZE_OPTIONS}
     part = ConvertedPart.of(kind, state, adapter_of(kind).untold(source, sizes))
     parts = {part.name: part}
@@ -174,6 +178,20 @@ def read_kind(source: str, kind: str) -> dict[str, Tensor]:
             hint = "give its transformer as STATE, and this with --tokenizer"
         raise ValueError(f"{source} is a {adapter_of(found_kind).title} ({found_kind}), not {kind}: {hint}")
     return dict(found.tensors)
+
+
+def first_classes(state: Mapping[str, Tensor], labels: str, num_classes: int) -> dict[str, Tensor]:
+    """A state without the classes from `num_classes` on; the unconditional row stays the last.
+
+    Raises:
+        ValueError: it has no table of classes, or fewer.
+    """
+    if labels not in state or not len(state[labels]):
+        raise ValueError("--num-classes: this state has no table of classes")
+    table, last = state[labels], len(state[labels]) - 1
+    if not 1 <= num_classes <= last:
+        raise ValueError(f"--num-classes must lie in 1..{last}, the classes of this state, got {num_classes}")
+    return {**state, labels: torch.cat([table[:num_classes], table[last:]])}
 
 
 def check_codes(model: Any, tokenizer: Any) -> None:

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from ddecode.arguments import as_path, check_choice, check_kind, check_labels, check_vectors
 from ddecode.callback import CALLBACK_TENSORS, StepCallback, call_back, check_callback
 from ddecode.card import Card, check_upload, write_card
-from ddecode.checkpoint import RECIPE, HubAccess, ModelFolder, UploadOptions, backbone_family, save_model, upload
+from ddecode.checkpoint import RECIPE, HubAccess, ModelFolder, UploadOptions, save_model, saved_family, upload
 from ddecode.compilation import compile_blocks
 from ddecode.config import build
 from ddecode.files import check_room, write_aside
@@ -156,7 +156,9 @@ class DistilledPipeline:
         if dtype is not None:
             check_dtype(dtype)
         modules: dict[str, Any] = {"tokenizer": self.tokenizer}
-        config = {"family": backbone_family(self.any_model.backbone), **self.notes, "class_names": self.class_names}
+        told = None if self.teacher is None else self.teacher.family
+        family = saved_family(self.any_model.backbone, self.tokenizer, told)
+        config = {"family": family, **self.notes, "class_names": self.class_names}
         config["tokenizer"] = modules["tokenizer"].config
         if self.teacher is not None:
             modules["teacher"] = self.teacher.backbone

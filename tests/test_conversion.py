@@ -26,6 +26,7 @@ from upstream import OPTIONAL, OPTIONS, State
 from ddecode import DistilledPipeline, load_teacher
 from ddecode.checkpoint import ModelFolder
 from ddecode.conversion import KINDS, Options, convert, family_of
+from ddecode.teacher import Recipe
 from third_party_loaders import identify, llamagen, var
 
 SIZES = {"llamagen": ["--n-head", "2", "--block-size", str(L)], "var": ["--patch-nums", "1,2,3"]}
@@ -109,6 +110,12 @@ def test_a_folder_is_the_loaded_model(states: dict[str, State], tmp_path: Path) 
     assert load_teacher(str(folder)).recipe == ours.recipe
 
 
+def test_a_llamagen_may_have_a_tokenizer_of_ones_own(states: dict[str, State]) -> None:
+    tokenizer = make_teacher(seed=5).tokenizer
+    teacher = llamagen.load_llamagen(states["llamagen"], tokenizer, n_head=2, block_size=L)
+    assert teacher.tokenizer is tokenizer
+
+
 def test_without_a_tokenizer_a_model_is_described_not_sampled(
     states: dict[str, State], tmp_path: Path, capsys: Capture
 ) -> None:
@@ -118,6 +125,33 @@ def test_without_a_tokenizer_a_model_is_described_not_sampled(
     assert "model has no tokenizer: convert it again with --tokenizer" in error
     with pytest.raises(ValueError, match="has no tokenizer"):
         load_teacher(folder)
+
+
+@pytest.mark.parametrize("family", ["llamagen", "var"])
+def test_classes_that_were_never_trained_are_left_out(
+    family: str, states: dict[str, State], tmp_path: Path, capsys: Capture
+) -> None:
+    """What the others and the unconditional one say stays the same; a student's table is cut as well."""
+    files = {kind: tmp_path / f"{kind}.safetensors" for kind in (family, f"dd1-{family}", f"{family}-tokenizer")}
+    for kind, path in files.items():
+        save_file({name: tensor.contiguous() for name, tensor in states[kind].items()}, path)
+    options = [*SIZES[family], "--tokenizer", files[f"{family}-tokenizer"]]
+
+    def converted(kind: str, out: str, *more: object) -> Path:
+        assert run("convert", files[kind], "--family", kind, "--out", tmp_path / out, *options, *more) == 0
+        return tmp_path / out
+
+    whole = load_teacher(converted(family, "whole"))
+    cut = load_teacher(converted(family, "cut", "--num-classes", 2))
+    assert (whole.num_classes, cut.num_classes) == (4, 2)
+    ids, labels = torch.randint(32, (2, whole.length), generator=seeded(0)), torch.tensor([0, 1])
+    assert torch.equal(cut.logits(ids, labels), whole.logits(ids, labels))
+    guided = Recipe(guidance_scale=3.0)
+    assert torch.equal(whole.log_probs(ids, labels, guided), cut.log_probs(ids, labels, guided))
+    student = ModelFolder.open(converted(f"dd1-{family}", "student", "--num-classes", 2)).student()
+    assert student.num_classes == 2
+    again = ["convert", files[family], "--family", family, "--out", tmp_path / "new", *options, "--num-classes"]
+    assert "--num-classes must lie in 1..4, the classes of this state, got 5" in refused(capsys, *again, 5)
 
 
 @pytest.mark.parametrize("family", ["llamagen", "var"])

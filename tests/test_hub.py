@@ -13,11 +13,12 @@ import torch
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 from safetensors.torch import load_file
 from test_card import card
-from tiny import make_scale_teacher, make_var_student, make_var_teacher, seeded, tree_of
+from tiny import make_scale_teacher, make_teacher, make_var_student, make_var_teacher, seeded, tree_of
 
 from ddecode import DistilledPipeline
 from ddecode.checkpoint import upload
 from ddecode.sampling import Skip
+from ddecode.teacher import Teacher
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -112,8 +113,12 @@ def test_what_cannot_be_saved_is_refused(pipe: DistilledPipeline, tmp_path: Path
     with pytest.raises(ValueError, match="push_to_hub needs a card"):
         pipe.save_pretrained(tmp_path / "new", push_to_hub=True)
     toy = make_scale_teacher()
-    with pytest.raises(ValueError, match="only models of llamagen, var can be saved, and ScaleBackbone is neither"):
+    with pytest.raises(ValueError, match="only models of llamagen, var can be saved, and ScaleBackbone with Scale"):
         DistilledPipeline(tokenizer=toy.tokenizer, teacher=toy).save_pretrained(tmp_path / "new")
+    toy.tokenizer.codebook_VC = torch.randn(32, 8, generator=seeded(0))
+    mixed = Teacher(make_teacher().backbone, toy.tokenizer, family="llamagen")
+    with pytest.raises(ValueError, match="and LlamaGenTransformer with ScaleTokenizer is neither"):
+        DistilledPipeline(tokenizer=mixed.tokenizer, teacher=mixed).save_pretrained(tmp_path / "new")
     assert not (tmp_path / "new").exists() and not asked
 
 

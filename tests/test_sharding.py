@@ -32,7 +32,8 @@ def scalars(folder: Path) -> list[dict[str, float]]:
 def assert_alike(ours: Path, theirs: Path, tolerance: float) -> None:
     """Two runs, in their logs and, but for what half precision rounds, in their averages."""
     rows, others = scalars(ours), scalars(theirs)
-    assert [row["step"] for row in rows] == list(range(1, CONFIG.steps + 1)) and {"loss", "grad_norm"} <= rows[-1].keys()
+    assert [row["step"] for row in rows] == list(range(1, CONFIG.steps + 1))
+    assert {"loss", "grad_norm"} <= rows[-1].keys()
     for row, other in zip(rows, others, strict=True):
         assert row == pytest.approx(other, rel=tolerance)
     if tolerance <= 1e-4:

@@ -84,6 +84,8 @@ class Adapter:
     title: str
     """For people."""
     part: Literal["tokenizer", "teacher", "student"]
+    labels: str = ""
+    """Upstream's table of classes; its last row is the unconditional one."""
     preferred: tuple[str, ...] = ()
     """Wrappers to look into first, where a file holds several states."""
     optional: str = ""

@@ -212,6 +212,7 @@ ADAPTERS = {
     "llamagen": Adapter(
         title="LlamaGen transformer",
         part="teacher",
+        labels="cls_embedding.embedding_table.weight",
         optional="freqs_cis",
         config=transformer_config,
         told=sizes_of_name,
@@ -222,6 +223,7 @@ ADAPTERS = {
     "dd1-llamagen": Adapter(
         title="DD1 student of a LlamaGen transformer",
         part="student",
+        labels="cls_embedding.embedding_table.weight",
         preferred=("ema",),
         optional="freqs_cis",
         config=functools.partial(transformer_config, student=True),
@@ -270,13 +272,13 @@ def load_tokenizer(source: StateOrPath) -> VQModel:
 
 
 def load_llamagen(
-    model: StateOrPath, tokenizer: StateOrPath, n_head: int | None = None, block_size: int | None = None
+    model: StateOrPath, tokenizer: StateOrPath | Tokenizer, n_head: int | None = None, block_size: int | None = None
 ) -> Teacher:
     """A LlamaGen teacher from upstream's states or files.
 
     Args:
         model: the transformer; c2i or t2i by its keys.
-        tokenizer: the VQ model.
+        tokenizer: the VQ model, or a tokenizer of one's own.
         n_head: attention heads; None is the published number for a published (width, depth), else head width 64.
         block_size: L; None is as the file has it in its rotary factors or, published, in its name (c2i_XL_384.pt: 576),
             else 256.
@@ -288,7 +290,8 @@ def load_llamagen(
         ValueError: keys are missing, extra or misshapen.
     """
     config, state = ADAPTERS["llamagen"].read(model, n_head=n_head, block_size=block_size)
-    return build_teacher(config, load_tokenizer(tokenizer), state, Recipe())
+    loaded = tokenizer if isinstance(tokenizer, Tokenizer) else load_tokenizer(tokenizer)
+    return build_teacher(config, loaded, state, Recipe())
 
 
 def load_llamagen_student(

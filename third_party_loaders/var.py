@@ -283,6 +283,7 @@ ADAPTERS = {
     "var": Adapter(
         title="VAR transformer",
         part="teacher",
+        labels="class_emb.weight",
         preferred=("trainer", "var_wo_ddp"),
         optional=OPTIONAL,
         config=transformer_config,
@@ -294,6 +295,7 @@ ADAPTERS = {
     "dd1-var": Adapter(
         title="DD1 student of a VAR transformer",
         part="student",
+        labels="class_emb.weight",
         preferred=("trainer", "ema_parameters", "var_wo_ddp", "ema"),
         optional=OPTIONAL,
         config=functools.partial(transformer_config, own_positions=True),

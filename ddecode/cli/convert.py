@@ -33,9 +33,14 @@ def add_parser(verbs: Any) -> None:
     parser.add_argument("--out", type=Path, required=True, help="the folder to make")
     parser.add_argument("--tokenizer", metavar="STATE", help="upstream's tokenizer, to go into the folder")
     parser.add_argument("--patch-nums", type=numbers, metavar="N,N,...", help="VAR: side of each scale's grid")
-    parser.add_argument("--n-head", type=at_least(1), help="LlamaGen: heads (default: of the published size)")
+    parser.add_argument(
+        "--n-head", type=at_least(1), help="LlamaGen: heads (default: of the published size, else width / 64)"
+    )
     parser.add_argument(
         "--block-size", type=at_least(1), help="LlamaGen: tokens (default: of the published file's name, else 256)"
+    )
+    parser.add_argument(
+        "--num-classes", type=at_least(1), help="leave out the classes from this one on, which were never trained"
     )
     parser.add_argument("--starts", type=numbers, metavar="N,N,...", help="students: tokens it goes on from")
     parser.add_argument("--split", type=at_least(0), help="students: positions before it are tokens, the rest vectors")
@@ -56,6 +61,7 @@ def run(args: argparse.Namespace) -> None:
         patch_nums=args.patch_nums,
         n_head=args.n_head,
         block_size=args.block_size,
+        num_classes=args.num_classes,
         starts=args.starts,
         split=args.split,
     )
