@@ -44,9 +44,9 @@ class Guidance(nn.Module, ABC):
     def condition(self, labels: Any, pass_B: Tensor | None) -> Condition:
         """The backbone's, told the pass, int64; None is the first for all."""
         condition = self.backbone.condition(labels)
-        prefix_BPD = condition.prefix_BPD
         if pass_B is None:
-            pass_B = torch.zeros(len(prefix_BPD), dtype=torch.int64, device=prefix_BPD.device)
+            return condition
+        prefix_BPD = condition.prefix_BPD
         return dataclasses.replace(condition, prefix_BPD=prefix_BPD + self.passes(pass_B)[:, None].to(prefix_BPD.dtype))
 
     @abstractmethod
