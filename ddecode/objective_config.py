@@ -128,7 +128,7 @@ class ObjectiveConfig:
     teacher_forcing: bool = False
     """For a student with `exits` or `wavefront`: the pairs' tokens are fed in where it would settle its own. What it
     predicts is then never wrong for an earlier token's sake; but what it emits is not seen, so terms that look at that
-    must be off. A wavefront also learns the first passes of sampling in more steps, which end at its later starts."""
+    must be off."""
     fresh_noise: bool = False
     """Give the pairs' tokens other noise at each step, by the inverse map, so that finitely many pairs never repeat."""
     cache_gib: float = 0.0

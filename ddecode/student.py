@@ -81,7 +81,7 @@ class Student(nn.Module, ABC):
 
     @property
     def passes(self) -> list[tuple[int, int]]:
-        """Start and end of each pass that teacher forcing shows it."""
+        """Start and end of each kind of pass that it is trained in."""
         return [(start, self.length) for start in self.starts]
 
     @abstractmethod

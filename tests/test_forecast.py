@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from command import Capture, refused, run
@@ -68,6 +69,12 @@ def test_a_training_takes_what_the_real_one_does(overrides: tuple[str, ...], rec
     assert told.disk_bytes == pytest.approx(disk, rel=0.01)
     assert (told.steps, told.batch, told.measured_batch, told.device) == (8, 6, 6, "cpu")
     assert told.seconds > 0 and (told.tuning_seconds > 0) == bool(overrides) and told.memory_bytes > 2**20
+
+
+def test_a_training_is_measured_by_one_process(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(forecast_module, "launch", lambda: SimpleNamespace(num_processes=2))
+    with pytest.raises(ValueError, match="--dry-run measures one process: run it without a launcher"):
+        forecast_training(read_config(recipe, DistillConfig), Path("pairs"))
 
 
 def test_a_trainings_cost_is_extrapolated_from_the_largest_batch_that_is_quick(

@@ -8,11 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from safetensors.torch import load_file, save_file
 from tiny import L, make_teacher, seeded
 from torch import Tensor, nn
 from toy_training import CONFIG, TRUTH, Points, Toy, equal_states, killed_at, log_of, run
 
 from ddecode.objectives.likelihood import LikelihoodObjective
+from ddecode.run_folder import EMA, SUMS, sha256
 from ddecode.training import (
     Shown,
     batch_indices,
@@ -91,6 +93,18 @@ def test_a_run_is_not_overwritten(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="begun with another config"):
         run(tmp_path, resume=True, identity={"config": "b"})
     assert (tmp_path / "log.jsonl").read_bytes() == before
+
+
+def test_a_run_of_a_network_of_other_parts_is_refused(tmp_path: Path) -> None:
+    run(tmp_path)
+    checkpoint = tmp_path / "checkpoint"
+    path, sums = checkpoint / EMA, checkpoint / SUMS
+    state, before = load_file(path), sha256(path)
+    state["new"] = state.pop(next(iter(state)))
+    save_file(state, path)
+    sums.write_text(sums.read_text().replace(before, sha256(path)))
+    with pytest.raises(ValueError, match=r"ema\.safetensors is of another version of ddecode"):
+        run(tmp_path, resume=True)
 
 
 def test_another_seed_gives_another_run(tmp_path: Path) -> None:
