@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -109,12 +110,12 @@ class Checkpoint:
             raise ValueError(f"{self.folder.parent} was begun with another config; choose another --out")
         weights = {name: self.checked(f"{name}.safetensors") for name in networks}
         moments = self.checked(OPTIMIZER)
-        tensors = {name: load_file(path) for name, path in weights.items()}
         for name, module in networks.items():
-            if tensors[name].keys() != module.state_dict().keys():
-                raise ValueError(f"{weights[name]} is of another version of ddecode; begin the run again")
+            with safe_open(weights[name], "pt") as file:
+                if set(file.keys()) != module.state_dict().keys():
+                    raise ValueError(f"{weights[name]} is of another version of ddecode; begin the run again")
         for name, module in networks.items():
-            module.load_state_dict(dealt(tensors[name], module.state_dict()))
+            module.load_state_dict(dealt(load_file(weights[name]), module.state_dict()))
         state_of_all = torch.load(moments, map_location="cpu", weights_only=True)
         optimizer.load_state_dict(dealt_moments(state_of_all, optimizer))
         return state["step"]
