@@ -53,7 +53,8 @@ OPTIONS: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "convert tiny --family llamagen --out new": {
         "--family": ("", "x", "VAR", "var"), "--out": ("", ".", "tiny", "file", "file/x", "folder/../file"),
-        "--n-head": (*COUNTS, "3"), "--block-size": COUNTS, "--num-classes": COUNTS, "--split": ("", "x", "-1", "1.5", MANY),
+        "--n-head": (*COUNTS, "3"), "--block-size": COUNTS, "--num-classes": COUNTS,
+        "--split": ("", "x", "-1", "1.5", MANY),
         "--patch-nums": ("", ",", "1,x", "-1", "1.5", MANY, "1,2"), "--starts": ("", "x", "0,", "-1", "0,4"),
         "--tokenizer": ("x",),
     },
