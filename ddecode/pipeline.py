@@ -157,9 +157,8 @@ class DistilledPipeline:
             check_dtype(dtype)
         modules: dict[str, Any] = {"tokenizer": self.tokenizer}
         told = None if self.teacher is None else self.teacher.family
-        family = saved_family(self.any_model.backbone, self.tokenizer, told)
-        config = {"family": family, **self.notes, "class_names": self.class_names}
-        config["tokenizer"] = modules["tokenizer"].config
+        config = {"family": saved_family(self.any_model.backbone, self.tokenizer, told), **self.notes}
+        config |= {"class_names": self.class_names, "tokenizer": modules["tokenizer"].config}
         if self.teacher is not None:
             modules["teacher"] = self.teacher.backbone
             config["teacher"] = {"backbone": modules["teacher"].config, "recipe": self.recipe}

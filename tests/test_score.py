@@ -20,7 +20,15 @@ from table_teacher import (
     table_teacher,
     total_variation,
 )  # fmt: skip
-from tiny import make_scale_teacher, make_student, make_teacher, make_var_teacher, scramble, seeded
+from tiny import (
+    make_scale_teacher,
+    make_student,
+    make_teacher,
+    make_var_teacher,
+    make_wavefront_student,
+    scramble,
+    seeded,
+)
 from torch import Tensor, nn
 
 from ddecode.codebook import nearest_code
@@ -32,6 +40,7 @@ from ddecode.objectives.posterior import LEAST_TIME, noisy_codes, posterior_mean
 from ddecode.objectives.score import ScoreTerm
 from ddecode.objectives.student import StudentObjective
 from ddecode.objectives.tuning import TuningObjective
+from ddecode.student import Student
 from ddecode.teacher import Recipe, Teacher
 
 TIMES = (1.0, 0.9, 0.5, 0.1, 0.02, 1e-3)
@@ -347,11 +356,11 @@ def test_the_student_goes_back_to_its_average_only_where_the_term_is_on() -> Non
 
 
 @pytest.mark.parametrize("share", [0.0, 1.0])
-def test_the_guidance_networks_turn_shows_it_every_pass(share: float) -> None:
-    """Behind the pairs' tokens or, by `own_prefix`, behind the student's own."""
+@pytest.mark.parametrize("kind", ["dd1", "wavefront"])
+def test_the_guidance_networks_turn_shows_it_every_pass(kind: str, share: float) -> None:
+    """Behind the pairs' tokens or, by `own_prefix`, behind the student's own; a wavefront has one that ends early."""
     teacher = make_teacher()
-    student = make_student(teacher, starts=(0, 3))
-    scramble(student, 1)
+    student: Student = make_student(teacher) if kind == "dd1" else make_wavefront_student(teacher)
     seen: dict[str, Tensor] = {}
 
     class Watched(ScoreTerm):
@@ -359,7 +368,7 @@ def test_the_guidance_networks_turn_shows_it_every_pass(share: float) -> None:
             seen.update(emitted=emitted_BLC, labels=arguments[0], open=arguments[2], passes=options["pass_B"])
             return super().guidance_loss(emitted_BLC, *arguments, **options)
 
-    guidance = ARDiffusion.from_teacher(teacher, passes=2, width=8)
+    guidance = ARDiffusion.from_teacher(teacher, passes=len(student.passes), width=8)
     scramble(guidance.head, 2)  # which begins blind
     term = Watched(teacher, guidance)
     config = ObjectiveConfig(score=ScoreConfig(weight=1.0, updates=2), image_batch=12, own_prefix=share)
@@ -371,14 +380,16 @@ def test_the_guidance_networks_turn_shows_it_every_pass(share: float) -> None:
     gradient = guidance.passes.weight.grad
     assert gradient is not None and gradient[1].any()
 
-    noise, codes, labels, second = noise[:12], teacher.codebook_VC[ids[:12]], labels[:12], seen["passes"].bool()
-    assert torch.equal(seen["labels"], labels) and 0 < second.sum() < 12
-    whole = student.emit(noise, labels, 0, teacher.length)
-    torch.testing.assert_close(seen["emitted"][~second], whole[~second])
-    assert seen["open"][~second].all() and not seen["open"][second, :3].any() and seen["open"][second, 3:].all()
-    before = (whole if share else codes)[:, :3]
-    behind = student.emit(torch.cat([before, noise[:, 3:]], 1), labels, 3, teacher.length)
-    torch.testing.assert_close(seen["emitted"][second], torch.cat([before, behind], 1)[second])
+    noise, codes, labels = noise[:12], teacher.codebook_VC[ids[:12]], labels[:12]
+    assert torch.equal(seen["labels"], labels) and set(seen["passes"].tolist()) == set(range(len(student.passes)))
+    for number, (start, stop) in enumerate(student.passes):
+        own = student.emit(noise, labels, 0, start) if start and share else codes[:, :start]
+        sequence = torch.cat([own, noise[:, start:]], 1)
+        emitted = torch.cat([own, student.emit(sequence, labels, start, stop), codes[:, stop:]], 1)
+        these = seen["passes"] == number
+        torch.testing.assert_close(seen["emitted"][these], emitted[these])
+        assert seen["open"][these, start:stop].all()
+        assert not seen["open"][these, :start].any() and not seen["open"][these, stop:].any()
 
 
 @pytest.mark.parametrize("tokens", [False, True])

@@ -123,7 +123,6 @@ class StudentObjective(Objective):
         step: int = 0,
     ) -> tuple[Tensor, Metrics]:
         student, config = self.model, self.config
-        length = ids_BL.shape[1]
         scored = weight_at(config.score.weight, progress)
         guidance_alone = bool(scored) and not config.score.students_turn(step)
         if guidance_alone:
@@ -143,10 +142,7 @@ class StudentObjective(Objective):
         few = self.few if sees_images or studied or guided else slice(0)
         asked = self.ask(noise_BLC, codes_BLC, labels_B, few, generator, progress)
         open_BL, own_B, chosen_B = asked.open_BL, asked.own_B, asked.chosen_B
-        told = {"told_BL": ids_BL} if config.teacher_forcing else {}
-        if (self.stops < length).any():
-            told["stop_B"] = asked.stop_B
-        prediction = student(asked.sequence_BLC, labels_B, asked.start_B, **told)
+        prediction = self.answer(asked, labels_B, ids_BL if config.teacher_forcing else None)
 
         # the pair's tokens follow from the teacher's prefix, not from the student's own
         loss, metrics = self.regression(prediction, ids_BL, codes_BLC, open_BL & ~own_B[:, None], progress, target_BLV)
@@ -211,6 +207,14 @@ class StudentObjective(Objective):
             own_B=own_B,
             sequence_BLC=torch.where(open_BL[..., None], noise_BLC, prefix_BLC),
         )
+
+    def answer(self, asked: "Asked", labels_B: Tensor, told_BL: Tensor | None = None) -> Prediction:
+        """What the student says to it, along the tokens told if there are any."""
+        options = {} if told_BL is None else {"told_BL": told_BL}
+        if (self.stops < self.model.length).any():
+            options["stop_B"] = asked.stop_B
+        prediction: Prediction = self.model(asked.sequence_BLC, labels_B, asked.start_B, **options)
+        return prediction
 
     def first_pass(
         self, codes_BLC: Tensor, noise_BLC: Tensor, labels_B: Tensor, own_B: Tensor, start_B: Tensor
@@ -347,7 +351,7 @@ class StudentObjective(Objective):
         with torch.no_grad():
             codes_BLC = F.embedding(ids_BL, self.model.codebook_VC)
             asked = self.ask(noise_BLC, codes_BLC, labels_B, slice(None), generator, progress)
-            prediction = self.model(asked.sequence_BLC, labels_B, asked.start_B)
+            prediction = self.answer(asked, labels_B)
             emitted_BLC = self.emitted(prediction, asked.sequence_BLC, asked.open_BL)
         return self.score.guidance_loss(emitted_BLC, labels_B, generator, asked.open_BL, pass_B=asked.chosen_B)
 
