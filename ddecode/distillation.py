@@ -31,6 +31,7 @@ from ddecode.processes import launch, meet, rank
 from ddecode.randomness import fresh_weights
 from ddecode.reporters import check_reporters
 from ddecode.run_folder import CRITICS, EMA, Checkpoint, check_new, sha256
+from ddecode.staggered_student import StaggeredStudent
 from ddecode.student import Student
 from ddecode.teacher import Teacher
 from ddecode.training import Samples, train
@@ -50,7 +51,8 @@ def make_student(folder: ModelFolder, teacher: Teacher, config: DistillConfig) -
         steps = {"num_steps": config.pairs.num_steps, "draft_steps": shape.draft_steps}
         options |= {"drafts": shape.drafts, "joins": shape.joins, **steps}
     elif shape.exits is not None:
-        options |= {"exits": shape.exits, "joins": shape.joins, "num_steps": shape.draft_steps}
+        own = {"exits": shape.exits, "joins": shape.joins, "full_depth": shape.full_depth}
+        options |= {**own, "num_steps": shape.draft_steps}
     elif shape.wavefront is not None:
         options |= {"wavefront": shape.wavefront, "num_steps": shape.draft_steps}
     else:
@@ -67,11 +69,20 @@ def make_student(folder: ModelFolder, teacher: Teacher, config: DistillConfig) -
         source.require("student")
         if source.has("teacher") and source.teacher_hash() != folder.teacher_hash():
             raise ValueError(f"student.initial {shape.initial} has another teacher than {config.teacher}")
-        state, ours = source.state("student"), student.state_dict()
+        state, ours = initial_state(source, student), student.state_dict()
         if {name: t.shape for name, t in state.items()} != {name: t.shape for name, t in ours.items()}:
             raise ValueError(f"the student of student.initial {shape.initial} has another shape than this recipe's")
         student.load_state_dict(state)
     return student.to(teacher.device)
+
+
+def initial_state(source: ModelFolder, student: Student) -> dict[str, Tensor]:
+    """The student's weights in the model it goes on from; where that one's passes had not the full depth, what tells
+    them apart begins neutral."""
+    state = source.state("student")
+    if isinstance(student, StaggeredStudent) and student.full_depth:
+        state.setdefault("pass_embedding.weight", torch.zeros_like(student.pass_embedding.weight))
+    return state
 
 
 def initial_model(config: DistillConfig) -> ModelFolder | None:
@@ -163,7 +174,8 @@ PASSES = "passes.weight"
 
 
 def take_over(guidance: nn.Module, term: str, initial: str) -> None:
-    """Give a guidance network the weights of an earlier run's; kinds of pass that it did not know begin anew.
+    """Give a guidance network the weights of an earlier run's; what tells passes apart begins anew if that run's
+    student made more or fewer kinds of them.
 
     Raises:
         ValueError: the folder `initial` is no run with one of this shape, or is damaged.
@@ -171,11 +183,8 @@ def take_over(guidance: nn.Module, term: str, initial: str) -> None:
     path = guidance_file(term, initial)
     state = read_tensors(path, GUIDANCE[term] if path.name == CRITICS else "")
     ours = guidance.state_dict()
-    passes_PD = ours[PASSES].clone()
-    known_PD = state.get(PASSES, passes_PD[:0])[: len(passes_PD)]
-    if known_PD.shape[1:] == passes_PD.shape[1:]:
-        passes_PD[: len(known_PD)] = known_PD
-        state[PASSES] = passes_PD
+    if PASSES not in state or len(state[PASSES]) != len(ours[PASSES]):  # of passes between other starts
+        state[PASSES] = ours[PASSES]
     if {name: t.shape for name, t in state.items()} != {name: t.shape for name, t in ours.items()}:
         raise ValueError(f"{term}.initial {initial} has no guidance network of this recipe's shape")
     guidance.load_state_dict(state)
@@ -319,7 +328,7 @@ def distill_alone(config: DistillConfig, pairs_folder: Path, run: Path, *, resum
     )
     assert isinstance(ema, Student)
     if initial is not None and config.student.initial_share:
-        draw_back(ema, initial.state("student"), config.student.initial_share)
+        draw_back(ema, initial_state(initial, ema), config.student.initial_share)
     if rank() == 0:
         save_model(run / "model", model_config(folder, ema, config), {
             "tokenizer": module(teacher.tokenizer), "teacher": module(teacher.backbone), "student": ema,

@@ -151,7 +151,7 @@ class StudentObjective(Objective):
         seen = Prediction(embeddings_BLC=prediction.embeddings_BLC[few], logits_BLV=prediction.logits_BLV[few])
         emitted_BLC = self.emitted(seen, asked.sequence_BLC[few], open_BL[few])
         if sees_images:
-            kind_B = 2 * chosen_B - own_B.long()  # of starts, and of two ways to come to all but the first of them
+            kind_B = 2 * chosen_B - own_B.long()  # of passes, and of two ways to come to all but the first of them
             terms, seen_metrics = self.image_terms(
                 emitted_BLC, codes_BLC[few], labels_B[few], own_B[few], kind_B[few], generator, progress
             )
@@ -296,7 +296,8 @@ class StudentObjective(Objective):
         """The terms that see decoded output.
 
         Of the samples in `own_B` the student emitted all, its prefix too, so that they have no teacher's image each.
-        `kind_B` is the start of each, and whose prefix is before it.
+        `kind_B` is the kind of pass of each, and whose prefix is before it. What a pass leaves open at the end is the
+        pair's.
         """
         perceptual, energy, adversarial = self.image_weights(progress)
         ours = self.look(emitted_BLC)
