@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ddecode.arguments import check_kind
-from ddecode.config import as_dict, build
+from ddecode.config import as_dict, build, chosen
 from ddecode.files import placed, read_json, read_tensors, write_aside
 from ddecode.student import Student
 from ddecode.teacher import Recipe, Teacher
@@ -306,8 +306,11 @@ class ModelFolder:
         return {name: ModelFolder.open(model, own).teacher() for name, model in named.items()}
 
     def teacher_hash(self) -> str:
-        """Tells teachers apart: the hash of tokenizer and teacher."""
-        return self.weights_hash("tokenizer", "teacher")
+        """Tells teachers apart: the hash of weights and sizes of tokenizer and teacher, 16 hex digits. The same weights
+        with other heads, say, give other tokens."""
+        sizes = [chosen(self.tokenizer_sizes()), chosen(self.backbone_sizes("teacher"))]
+        told = json.dumps([self.weights_hash("tokenizer", "teacher"), *sizes])
+        return hashlib.sha256(told.encode()).hexdigest()[:16]
 
     def weights_hash(self, *parts: str) -> str:
         """SHA-256 over the fp32 weights of some parts, 16 hex digits."""

@@ -207,6 +207,16 @@ def as_dict(config: Any) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
+def chosen(config: Any) -> dict[str, Any]:
+    """The same without what is at its default, so that it does not change where later versions know more keys."""
+    tree: dict[str, Any] = {}
+    for field_ in dataclasses.fields(config):
+        value, made = getattr(config, field_.name), field_.default_factory
+        if value != (field_.default if made is dataclasses.MISSING else made()):
+            tree[field_.name] = chosen(value) if dataclasses.is_dataclass(value) else value
+    return tree
+
+
 def decisive(tree: Mapping[str, Any]) -> dict[str, Any]:
     """Configs as plain data, at any depth without what changes nothing about a training: a recipe's notes, what it says
     of an own teacher, which is known by its weights, and every `report_to`."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ddecode.checkpoint import RECIPE, ModelFolder, save_model
 from ddecode.compilation import compile_blocks
-from ddecode.config import WITHOUT_MODEL, DistillConfig, as_dict, as_yaml
+from ddecode.config import WITHOUT_MODEL, DistillConfig, as_dict, as_yaml, chosen
 from ddecode.dd2_student import HEAD_DEPTH, DD2Student
 from ddecode.evaluation.features import FeatureNetwork, Features, features_folder, load_image_features
 from ddecode.files import read_tensors, write_aside
@@ -242,7 +242,7 @@ def distill(
         config: the recipe. Where it asks for other pairs, the model's tells of those that were used.
         pairs_folder: made by `ddecode pairs` from the same teacher.
         run: the run's folder.
-        resume: go on from its checkpoint.
+        resume: go on from its checkpoint, with the pairs that it was begun with if there are more by now.
 
     Returns:
         The model folder, `run/model`.
@@ -263,7 +263,7 @@ def distill_alone(config: DistillConfig, pairs_folder: Path, run: Path, *, resum
     """`distill`, where no other run is at work."""
     check_new(run, resume=resume)
     folder = ModelFolder.open(config.teacher)
-    pairs = Pairs(pairs_folder, teacher_hash=folder.teacher_hash())
+    pairs = Pairs(pairs_folder, teacher_hash=folder.teacher_hash(), num=pairs_begun_with(run) if resume else None)
     made_with, told = pairs.manifest.num_steps, config.pairs.num_steps
     if config.student.drafts is not None and made_with != told:
         raise ValueError(
@@ -280,7 +280,7 @@ def distill_alone(config: DistillConfig, pairs_folder: Path, run: Path, *, resum
     features = image_features(teacher, objective.features) if objective.uses_images else None
     initial = initial_model(config)
     identity: dict[str, object] = {
-        "config": as_dict(config),
+        "config": chosen(config),
         "teacher": folder.teacher_hash(),
         "initial": None if initial is None else initial.weights_hash("student"),
         "pairs": len(pairs),
@@ -335,6 +335,18 @@ def distill_alone(config: DistillConfig, pairs_folder: Path, run: Path, *, resum
         })  # fmt: skip
         write_aside(run / "model" / RECIPE, as_yaml(config).encode())
     return run / "model"
+
+
+def pairs_begun_with(run: Path) -> int | None:
+    """The number of pairs that a run goes on with, though there may be more by now; None: it has not begun."""
+    for stage in (run, run / "tuning"):
+        checkpoint = Checkpoint(stage)
+        if rank() == 0:
+            checkpoint.restore()
+        meet()
+        if checkpoint.exists():
+            return checkpoint.identity().get("pairs")
+    return None
 
 
 @torch.no_grad()

@@ -23,7 +23,7 @@ from torch.optim.swa_utils import update_bn
 
 from ddecode.arguments import as_path, check_kind
 from ddecode.checkpoint import family_module, save_model
-from ddecode.config import as_dict, build
+from ddecode.config import as_dict, build, chosen
 from ddecode.evaluation.features import FeatureNetwork, load_features, save_features
 from ddecode.evaluation.zoo import write_statistics
 from ddecode.files import write_aside
@@ -157,7 +157,7 @@ class OwnTeacherRun:
         """One training, in the run's folder of its name; `facts` are the configs it follows from."""
         if self.show_progress:
             print(f"{self.out / stage}: {training.steps} steps of {training.batch}", flush=True)
-        identity = {"images": self.images.hash, "reading": as_dict(self.config.images), "training": as_dict(training)}
+        identity = {"images": self.images.hash, "reading": chosen(self.config.images), "training": chosen(training)}
         return train(
             objective, samples, training, self.out / stage,
             identity=identity | facts, resume=self.resume, preview=preview, show_progress=self.show_progress,
@@ -174,7 +174,7 @@ class OwnTeacherRun:
             )
         objective = (ClassObjective if labelled else InstanceObjective)(network, mirror=self.config.images.mirror)
         folder = self.out / "features" / name
-        average = self.train(f"features/{name}", objective, images.training, training, features=as_dict(config))
+        average = self.train(f"features/{name}", objective, images.training, training, features=chosen(config))
         assert isinstance(average, FeatureNetwork)
         settle(average, images.training)
         facts: dict[str, object] = {"told_apart": "classes" if labelled else "images"}
@@ -193,7 +193,7 @@ class OwnTeacherRun:
                 tokenizer, features, perceptual=config.perceptual, mirror=self.config.images.mirror
             )
         shown = self.images.held_out if len(self.images.held_out) else self.images.training
-        facts = {"features": as_dict(self.config.features), "tokenizer": as_dict(config)}
+        facts = {"features": chosen(self.config.features), "tokenizer": chosen(config)}
         preview = self.pictures("tokenizer", lambda average: rebuilt(average, shown))
         average = self.train("tokenizer", objective, self.images.training, config.training, preview, **facts)
         assert isinstance(average, CountedTokenizer)
@@ -217,7 +217,7 @@ class OwnTeacherRun:
             return sampled(Teacher(average, tokenizer, family=config.family, recipe=recipe), kept_out)  # type: ignore[arg-type]
 
         pictures = self.pictures("teacher", preview)
-        average = self.train("teacher", objective, samples, config.training, pictures, teacher=as_dict(config))
+        average = self.train("teacher", objective, samples, config.training, pictures, teacher=chosen(config))
         return Teacher(average, tokenizer, family=config.family, recipe=recipe)  # type: ignore[arg-type]
 
     def pictures(self, stage: str, show: Callable[[Any], tuple[np.ndarray, Mapping[str, float]]]) -> Preview:

@@ -10,7 +10,7 @@ N samples of a shard, L token positions, C code width.
 
 import hashlib
 import json
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -289,14 +289,18 @@ class Pairs:
     Args:
         folder: written by `write_pairs`.
         teacher_hash: of the teacher that is to be distilled; None takes any.
+        num: the first so many, as before the folder grew; None takes all.
 
     Raises:
-        ValueError: shards are missing or damaged, or another teacher made them.
+        ValueError: shards are missing or damaged, there are fewer pairs, or another teacher made them.
     """
 
-    def __init__(self, folder: str | Path, *, teacher_hash: str | None = None) -> None:
+    def __init__(self, folder: str | Path, *, teacher_hash: str | None = None, num: int | None = None) -> None:
         folder = as_path("a folder of pairs", folder)
-        self.manifest = manifest = read_manifest(folder)
+        manifest = read_manifest(folder)
+        if num is not None and num > manifest.num:
+            raise ValueError(f"{folder} has {manifest.num} pairs and should have {num}; make the others again")
+        self.manifest = replace(manifest, num=num or manifest.num)
         if teacher_hash is not None and manifest.teacher_hash != teacher_hash:
             raise ValueError(
                 f"{folder} was made by another teacher ({manifest.teacher} {manifest.teacher_hash}, not {teacher_hash})"
@@ -308,9 +312,9 @@ class Pairs:
             if len(tensors["ids"]) != expected:
                 raise ValueError(f"pair shard {shard_path(folder, shard)} is incomplete; run ddecode pairs again")
             shards.append(tensors)
-        self.ids_NL = torch.cat([s["ids"] for s in shards])
-        self.labels_N = torch.cat([s["labels"] for s in shards])
-        self.seeds_N = torch.cat([s["seeds"] for s in shards])
+        self.ids_NL = torch.cat([s["ids"] for s in shards])[:num]
+        self.labels_N = torch.cat([s["labels"] for s in shards])[:num]
+        self.seeds_N = torch.cat([s["seeds"] for s in shards])[:num]
 
     def __len__(self) -> int:
         return len(self.ids_NL)

@@ -14,6 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from ddecode.arguments import shown
 from ddecode.checkpoint import save_tensors
 from ddecode.files import opened_aside, rename, write_aside
 from ddecode.processes import rank
@@ -50,6 +51,15 @@ class Checkpoint:
 
     def exists(self) -> bool:
         return self.folder.exists()
+
+    def identity(self) -> dict[str, Any]:
+        """What the run is made of.
+
+        Raises:
+            ValueError: the file is missing or damaged.
+        """
+        identity: dict[str, Any] = json.loads(self.checked(STATE).read_text())["identity"]
+        return identity
 
     def save(self, step: int, identity: Mapping[str, Any], networks: Mapping[str, nn.Module], optimizer: Any) -> None:
         """Write all; `networks` by the names of their files. All processes must call it, as they may have a part each
@@ -106,8 +116,9 @@ class Checkpoint:
             ValueError: the run was made with another config, or a file is missing or damaged; nothing is filled then.
         """
         state = json.loads(self.checked(STATE).read_text())
-        if state["identity"] != json.loads(json.dumps(identity)):
-            raise ValueError(f"{self.folder.parent} was begun with another config; choose another --out")
+        if other := differences(state["identity"], json.loads(json.dumps(identity))):
+            facts = ", ".join(other)
+            raise ValueError(f"{self.folder.parent} was begun with another config: {facts}; choose another --out")
         weights = {name: self.checked(f"{name}.safetensors") for name in networks}
         moments = self.checked(OPTIMIZER)
         for name, module in networks.items():
@@ -137,6 +148,19 @@ class Checkpoint:
     def remedy(self) -> str:
         after = "go on from the checkpoint before it" if self.old.exists() else "begin the run again"
         return f"delete {self.folder} and --resume to {after}"
+
+
+def differences(theirs: Mapping[str, Any], ours: Mapping[str, Any], where: str = "") -> list[str]:
+    """What two trees of plain data differ in, each as `key (value, not value)`."""
+    found: list[str] = []
+    for key in sorted({*theirs, *ours}):
+        values = [tree.get(key) for tree in (theirs, ours)]
+        if all(isinstance(value, dict) for value in values):
+            found += differences(*values, f"{where}{key}.")
+        elif values[0] != values[1] or (key in theirs) != (key in ours):
+            a, b = (shown(tree[key]) if key in tree else "left out" for tree in (theirs, ours))
+            found.append(f"{where}{key} ({a}, not {b})")
+    return found
 
 
 class Log:

@@ -88,6 +88,14 @@ def test_the_hash_tells_teachers_apart(copy: Path, model: Path) -> None:
     assert ModelFolder.open(copy).teacher_hash() not in (before, changed)
 
 
+def test_the_hash_tells_teachers_of_the_same_weights_and_other_sizes_apart(copy: Path) -> None:
+    before = ModelFolder.open(copy).teacher_hash()
+    config = json.loads((copy / "config.json").read_text())
+    config["teacher"]["backbone"]["heads"] = 1
+    (copy / "config.json").write_text(json.dumps(config))
+    assert ModelFolder.open(copy).teacher_hash() != before
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -109,7 +109,7 @@ def test_a_stopped_distillation_resumes_to_the_same_student(
 
     before = tree_of(tmp_path / "parts")
     assert "--resume" in refused(capsys, "distill", "--config", recipe, "--pairs", pairs, "--out", tmp_path / "parts")
-    assert "another config" in refused(
+    assert "another config: config.training.lr (0.001, not 0.1); choose" in refused(
         capsys,
         "distill",
         "--config",
@@ -124,6 +124,25 @@ def test_a_stopped_distillation_resumes_to_the_same_student(
     assert tree_of(tmp_path / "parts") == before
     assert distill(tmp_path / "parts", "--resume") == 0
     assert tree_of(tmp_path / "parts" / "model") == tree_of(tmp_path / "whole" / "model")
+
+
+def test_a_stopped_distillation_goes_on_with_its_own_pairs_where_more_were_made(
+    recipe: Path, model: Path, tmp_path: Path
+) -> None:
+    def distill(out: Path, *options: str) -> int:
+        return run("distill", "--config", recipe, "--pairs", tmp_path / "pairs", "--out", out, *options)
+
+    def make(num: int) -> int:
+        return run("pairs", "--config", recipe, "--out", tmp_path / "pairs", "--num", num)
+
+    assert make(20) == 0 and distill(tmp_path / "whole") == 0
+    with interrupted(Pairs, "batch", at=4):
+        assert distill(tmp_path / "parts") == 130
+    assert make(33) == 0 and len(Pairs(tmp_path / "pairs")) == 33
+    assert distill(tmp_path / "parts", "--resume") == 0
+    assert tree_of(tmp_path / "parts" / "model") == tree_of(tmp_path / "whole" / "model")
+    assert distill(tmp_path / "new") == 0
+    assert "num: 33" in (tmp_path / "new" / "model" / "recipe.yaml").read_text()
 
 
 def test_a_student_may_have_fewer_layers_and_image_terms(recipe: Path, pairs: Path, tmp_path: Path) -> None:

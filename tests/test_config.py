@@ -8,7 +8,7 @@ import pytest
 from tiny import distill_recipe, write_yaml
 
 from ddecode.checkpoint import family_module
-from ddecode.config import DistillConfig, PairsConfig, StudentConfig, as_dict, build, read_config
+from ddecode.config import DistillConfig, PairsConfig, StudentConfig, as_dict, build, chosen, read_config
 from ddecode.objective_config import ObjectiveConfig
 from ddecode.teacher import Recipe
 from ddecode.training_config import TrainingConfig
@@ -191,3 +191,14 @@ def test_a_weight_holds_from_its_share_of_the_run_on() -> None:
 def test_weights_out_of_range_are_refused(weight: object) -> None:
     with pytest.raises(ValueError, match=r"objective\.energy"):
         ObjectiveConfig(energy=weight)  # type: ignore[arg-type]
+
+
+def test_what_is_chosen_is_what_differs_from_the_defaults(path: Path) -> None:
+    plain = read_config(path, DistillConfig)
+    assert "joins" not in chosen(plain)["student"] and "report_to" not in chosen(plain)["training"]
+    changed = read_config(
+        path, DistillConfig, ["student.initial=m", "objective.score.draws=3", "training.ema_decay=0.5"]
+    )
+    assert chosen(changed)["student"]["initial"] == "m" and chosen(changed)["training"]["ema_decay"] == 0.5
+    assert chosen(changed)["objective"]["score"] == {"draws": 3}
+    assert build(DistillConfig, chosen(changed), "") == changed
