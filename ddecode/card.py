@@ -122,7 +122,7 @@ def sections(model: ModelFolder, card: Card, name: str, recipe: str | None) -> l
     starts = model.config["student"]["starts"] if model.has("student") else []
     student = f"a student of it that samples in {counted(len(starts))}" if starts else "no student"
     labels = "(features_BPE, mask_BP)" if takes_captions(model) else "[0]"
-    measured = "Not measured yet." if card.metrics is None else metrics(read_result(Path(card.metrics)))
+    measured = "Not measured yet." if card.metrics is None else metrics(result_of(model, Path(card.metrics)))
     return [
         f"# {name.rpartition('/')[2]}",
         f"A `{model.config['family']}` image model in ddecode's format with {student}: Distilled Decoding "
@@ -142,6 +142,19 @@ def sections(model: ModelFolder, card: Card, name: str, recipe: str | None) -> l
         "## Metrics",
         measured,
     ]
+
+
+def result_of(model: ModelFolder, path: Path) -> dict[str, Any]:
+    """The result, if it is this model's.
+
+    Raises:
+        ValueError: it is another's, or no result.
+    """
+    result = read_result(path)
+    ours, theirs = model.model_hash(), result.get("model_hash")
+    if theirs not in (None, ours):
+        raise ValueError(f"{path} is of other weights ({result['model']} {theirs}, not {ours}): evaluate {model.path}")
+    return result
 
 
 def takes_captions(model: ModelFolder) -> bool:

@@ -312,6 +312,10 @@ class ModelFolder:
         told = json.dumps([self.weights_hash("tokenizer", "teacher"), *sizes])
         return hashlib.sha256(told.encode()).hexdigest()[:16]
 
+    def model_hash(self) -> str:
+        """Tells models apart: the hash of the weights of all its parts, 16 hex digits."""
+        return self.weights_hash(*(part for part in PARTS if self.has(part)))
+
     def weights_hash(self, *parts: str) -> str:
         """SHA-256 over the fp32 weights of some parts, 16 hex digits."""
         digest = hashlib.sha256()

@@ -176,7 +176,7 @@ def trial(config: DistillConfig, pairs_folder: Path, batch: int) -> Trial:
     objective = replace(objective, score=score, adversarial=replace(objective.adversarial, images=None))
     short = replace(config, training=shortened(config.training), objective=objective)
     reset_peak(launch().device)
-    with TemporaryDirectory() as aside:
+    with TemporaryDirectory(prefix="dry-run-", dir=pairs_folder.parent) as aside:  # where there is room for a run
         run = Path(aside) / "run"
         distill(short, pairs_folder, run, show_progress=False)
         return Trial(

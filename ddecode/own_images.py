@@ -142,12 +142,17 @@ class OwnImages:
         )
 
 
+FEWEST = 5
+"""Images of a class of which one is held out."""
+
+
 def split(counts_K: Tensor, share: float) -> tuple[Tensor, Tensor]:
-    """Indices of the images to train on and of those held out, `share` of each class, the same every time."""
+    """Indices of the images to train on and of those held out, `share` of each class and of each of `FEWEST` images or
+    more at least one, the same every time."""
     training, held_out, begin = [], [], 0
     for label, count in enumerate(counts_K.tolist()):
         order = begin + torch.randperm(count, generator=torch.Generator().manual_seed(derived_seed(0, label)))
-        kept = int(count * share)
+        kept = max(int(count * share), int(share > 0 and count >= FEWEST))
         held_out.append(order[:kept].sort().values)
         training.append(order[kept:].sort().values)
         begin += count

@@ -192,9 +192,8 @@ class OwnTeacherRun:
             objective = ReconstructionObjective(
                 tokenizer, features, perceptual=config.perceptual, mirror=self.config.images.mirror
             )
-        shown = self.images.held_out if len(self.images.held_out) else self.images.training
         facts = {"features": chosen(self.config.features), "tokenizer": chosen(config)}
-        preview = self.pictures("tokenizer", lambda average: rebuilt(average, shown))
+        preview = self.pictures("tokenizer", lambda average: rebuilt(average, self.images))
         average = self.train("tokenizer", objective, self.images.training, config.training, preview, **facts)
         assert isinstance(average, CountedTokenizer)
         return average.tokenizer
@@ -251,15 +250,15 @@ def accuracy(network: FeatureNetwork, samples: ImageSamples) -> float:
     return right / len(samples)
 
 
-def rebuilt(average: Any, samples: ImageSamples) -> tuple[np.ndarray, dict[str, float]]:
-    """Rows of images over their reconstructions, and the squared error on [-1,1]."""
-    tokenizer = average.tokenizer
+def rebuilt(average: Any, images: OwnImages) -> tuple[np.ndarray, dict[str, float]]:
+    """Rows of images over their reconstructions and, where some are held out, the squared error of these on [-1,1]."""
+    tokenizer, samples = average.tokenizer, images.held_out if len(images.held_out) else images.training
     x = samples.some(KEPT)[0].to(tokenizer.codebook_VC.device)
     y = torch.cat([tokenizer.decode(tokenizer.encode(part)) for part in x.split(AT_ONCE)])
     shown = samples.some(PICTURED)[0].to(x.device)
     pairs = zip(shown.split(COLUMNS), tokenizer.decode(tokenizer.encode(shown)).split(COLUMNS), strict=True)
     rows = [to_uint8(row) for pair in pairs for row in pair]
-    return np.concatenate(rows), {"heldout_square": F.mse_loss(y, x).item()}
+    return np.concatenate(rows), {"heldout_square": F.mse_loss(y, x).item()} if len(images.held_out) else {}
 
 
 def sampled(teacher: Teacher, kept_out: TokenSamples) -> tuple[np.ndarray, dict[str, float]]:

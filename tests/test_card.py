@@ -12,6 +12,7 @@ from tiny import distill_recipe, tree_of, write_yaml
 
 from ddecode import DistilledPipeline
 from ddecode.card import Card, write_card
+from ddecode.checkpoint import ModelFolder
 from ddecode.cli import card as card_verb
 from ddecode.config import DistillConfig, as_yaml, read_config
 
@@ -61,6 +62,17 @@ def test_a_card_says_what_the_folder_and_its_maker_know(folder: Path, tmp_path: 
     assert "| plan | network_evaluations | frechet |" in body and "| 1 | 1 | 0.75 |" in body
     assert (folder / "recipe.yaml").read_text() == recipe.read_text()
     assert sorted(tree_of(folder)) == ["README.md", "config.json", "model.safetensors", "recipe.yaml"]
+
+
+def test_figures_of_other_weights_are_refused(folder: Path, tmp_path: Path) -> None:
+    metrics, own = tmp_path / "metrics.json", ModelFolder.open(folder).model_hash()
+    metrics.write_text(json.dumps(RESULT | {"model_hash": own}))
+    write_card(folder, card(metrics=metrics), model="me/mine")
+    before = tree_of(folder)
+    metrics.write_text(json.dumps(RESULT | {"model_hash": "0123"}))
+    with pytest.raises(ValueError, match=rf"metrics\.json is of other weights \(run 0123, not {own}\): evaluate"):
+        write_card(folder, card(metrics=metrics), model="me/mine")
+    assert tree_of(folder) == before
 
 
 def test_the_cards_python_runs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -159,7 +171,8 @@ def test_the_card_goes_up_with_its_model(folder: Path, capsys: Capture, monkeypa
     assert run("card", folder, *LICENCES, "--name", "me/mine", "--push") == 0
     assert run("card", folder, *LICENCES, "--name", "me/mine", "--private") == 0
     assert pushed == [((folder, "me/mine"), {"private": private}) for private in (None, True)]
-    assert capsys.readouterr().out.count("pushed -> https://the.hub") == 2
+    out = capsys.readouterr().out
+    assert out.count("pushed -> https://the.hub") == out.count("pushing tokenizer ") == 2
     assert 'from_pretrained("me/mine")' in (folder / "README.md").read_text()
 
 

@@ -102,6 +102,7 @@ def test_eval_prints_a_table_and_writes_json(model: Path, tmp_path: Path, capsys
     facts = json.loads(out.read_text())
     assert [row["plan"] for row in facts["rows"]] == ["teacher", "control", "1", plan]
     assert (facts["protocol"], facts["num"], facts["model"]) == ("zoo", 16, "tiny")
+    assert facts["model_hash"] == ModelFolder.open(model).model_hash()
     assert all(row["plan"] in capsys.readouterr().out for row in facts["rows"][:1])
 
 

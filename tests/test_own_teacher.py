@@ -213,6 +213,10 @@ def test_held_out_images_are_a_share_of_each_class() -> None:
     labels_N = torch.repeat_interleave(torch.arange(3), counts_K)
     assert labels_N[held_out].bincount(minlength=3).tolist() == [2, 0, 5]
     assert torch.equal(held_out, split(counts_K, 0.2)[1])
+    counts_K = torch.tensor([4, 5, 60])
+    labels_N, (_, held_out) = torch.repeat_interleave(torch.arange(3), counts_K), split(counts_K, 0.05)
+    assert labels_N[held_out].bincount(minlength=3).tolist() == [0, 1, 3], "one of few, none of very few"
+    assert len(split(counts_K, 0.0)[1]) == 0
 
 
 def test_some_images_are_of_all_classes() -> None:

@@ -16,8 +16,9 @@ from torch.nn import functional as F
 
 from ddecode.evaluation.fidelity import Extracted, Inception
 from ddecode.evaluation.metrics import fit_gaussian, frechet_distance
-from ddecode.evaluation.protocols import PROTOCOLS, Inspector, evaluate
+from ddecode.evaluation.protocols import PROTOCOLS, Inspector, evaluate, evaluate_images
 from ddecode.evaluation.reference import Reference, read_statistics, see
+from ddecode.images import ImageSet
 from ddecode.pipeline import DistilledPipeline
 from ddecode.randomness import sample_generators
 from ddecode.samples import draw_labels
@@ -182,6 +183,19 @@ def test_references_that_are_none_are_refused(tmp_path: Path) -> None:
         assert "damaged, or no .npz or .pth of plain arrays" in refusal("cut.pth")
     torch.save({"m": Path("x"), "s": 1}, tmp_path / "unsafe.pth")
     assert "damaged, or no .npz or .pth of plain arrays" in refusal("unsafe.pth")
+
+
+def test_images_of_another_size_than_the_references_are_refused(
+    pipe: DistilledPipeline, real: np.ndarray, tmp_path: Path
+) -> None:
+    np.savez(tmp_path / "large.npz", arr_0=real.repeat(2, 1).repeat(2, 2))
+    np.savez(tmp_path / "small.npz", arr_0=real)
+    judge = inspector("adm", tmp_path / "large.npz")
+    assert judge.reference.size == (16, 16)
+    with pytest.raises(ValueError, match="the reference's images are 16x16 pixels, those of tiny 8x8"):
+        evaluate(pipe, {"1": pipe.plan(1)}, judge, model="tiny", num=NUM, show_progress=False)
+    with pytest.raises(ValueError, match=r"those of .*small\.npz 8x8: bring one set to the other's size"):
+        evaluate_images(ImageSet.open(tmp_path / "small.npz"), judge, num=NUM, show_progress=False)
 
 
 # --- the command line -----------------------------------------------------------------------------------------

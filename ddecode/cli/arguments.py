@@ -24,6 +24,12 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
 
 
+def model_name(model: str) -> str:
+    """For the record: a folder's name, or what a bundled model or one of the hub is called."""
+    path = Path(model)
+    return path.resolve().name if path.is_dir() else model
+
+
 def add_with(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--with",

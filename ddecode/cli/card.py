@@ -4,8 +4,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from ddecode.card import Card, write_card
-from ddecode.checkpoint import upload
+from ddecode.card import Card, sizes, write_card
+from ddecode.checkpoint import ModelFolder, upload
 
 DESCRIPTION = """\
 Writes README.md into a model folder: what the model is, how to use it, its licences, the recipe.yaml that ddecode
@@ -44,4 +44,6 @@ def run(args: argparse.Namespace) -> None:
     path = write_card(args.model, card, model=args.name or str(args.model))
     print(f"card -> {path}")
     if push:
+        weights = ", ".join(f"{part} {size}" for part, size in sizes(ModelFolder.open(args.model)).items())
+        print(f"pushing {weights}")
         print(f"pushed -> {upload(args.model, args.name, private=args.private or None)}")

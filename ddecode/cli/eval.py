@@ -6,7 +6,7 @@ from typing import Any
 
 from ddecode.arguments import LARGEST_SEED
 from ddecode.checkpoint import ModelFolder
-from ddecode.cli.arguments import MODEL_HELP, add_device, add_with, at_least, open_pipeline, read_steps
+from ddecode.cli.arguments import MODEL_HELP, add_device, add_with, at_least, model_name, open_pipeline, read_steps
 from ddecode.evaluation import protocols, zoo
 from ddecode.evaluation.blocks import Blocks, kept_beside
 from ddecode.evaluation.features import features_folder
@@ -47,7 +47,11 @@ def add_parser(verbs: Any) -> None:
         "--num", type=at_least(1), help=f"images of each set (default: {zoo.NUM}; adm, dd1: {protocols.NUM})"
     )
     parser.add_argument("--seed", type=at_least(0, LARGEST_SEED), help="of a model's images (default: 0)")
-    parser.add_argument("--batch", type=at_least(1), default=250)
+    parser.add_argument(
+        "--batch",
+        type=at_least(1),
+        help=f"images at once (default: {zoo.BATCH}; adm, dd1: {protocols.BATCH}); fewer where memory does not do",
+    )
     parser.add_argument("--protocol", choices=("zoo", *PROTOCOLS), default="zoo")
     parser.add_argument("--features", type=Path, metavar="FOLDER", help="zoo: another feature network")
     parser.add_argument(
@@ -81,8 +85,9 @@ def judge_zoo(args: argparse.Namespace, blocks: Blocks) -> zoo.ZooResult:
     pipe, plans = open_plans(args)
     num = args.num or zoo.NUM
     return zoo.evaluate(
-        pipe, plans, judge, model=folder.path.name, num=num, seed=args.seed or 0, batch=args.batch, blocks=blocks
-    )
+        pipe, plans, judge, model=model_name(args.model), num=num, seed=args.seed or 0, batch=args.batch or zoo.BATCH,
+        model_hash=folder.model_hash(), blocks=blocks,
+    )  # fmt: skip
 
 
 def judge_fidelity(args: argparse.Namespace, blocks: Blocks) -> protocols.FidelityResult:
@@ -96,14 +101,16 @@ def judge_fidelity(args: argparse.Namespace, blocks: Blocks) -> protocols.Fideli
             raise ValueError(f"{args.model} holds images: --steps, --plan, --with and --seed go with models")
         images = ImageSet.open(Path(args.model))
         protocols.check_images(images, PROTOCOLS[args.protocol], num)
-        return protocols.evaluate_images(images, open_inspector(args), num=num, batch=args.batch, blocks=blocks)
-    name = ModelFolder.open(args.model).path.name
+        batch = args.batch or protocols.BATCH
+        return protocols.evaluate_images(images, open_inspector(args), num=num, batch=batch, blocks=blocks)
+    folder = ModelFolder.open(args.model)
     pipe, plans = open_plans(args)
     protocols.check_num(num, pipe.num_classes, PROTOCOLS[args.protocol])
     inspector = open_inspector(args)
     return protocols.evaluate(
-        pipe, plans, inspector, model=name, num=num, seed=args.seed or 0, batch=args.batch, blocks=blocks
-    )
+        pipe, plans, inspector, model=model_name(args.model), num=num, seed=args.seed or 0,
+        batch=args.batch or protocols.BATCH, model_hash=folder.model_hash(), blocks=blocks,
+    )  # fmt: skip
 
 
 def open_plans(args: argparse.Namespace) -> tuple[DistilledPipeline, dict[str, Plan]]:
@@ -116,7 +123,7 @@ def open_plans(args: argparse.Namespace) -> tuple[DistilledPipeline, dict[str, P
 def open_inspector(args: argparse.Namespace) -> Inspector:
     protocol = PROTOCOLS[args.protocol]
     extractor = Inception.open(args.inception, resize=protocol.resize, device=args.device)
-    reference = Reference.open(args.reference, extractor, batch=args.batch)
+    reference = Reference.open(args.reference, extractor, batch=args.batch or protocols.BATCH)
     return Inspector(protocol=protocol, extractor=extractor, reference=reference)
 
 

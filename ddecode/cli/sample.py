@@ -6,8 +6,16 @@ from pathlib import Path
 from typing import Any
 
 from ddecode.arguments import LARGEST_SEED
-from ddecode.checkpoint import ModelFolder
-from ddecode.cli.arguments import add_device, add_model, add_with, at_least, open_pipeline, read_classes, read_step
+from ddecode.cli.arguments import (
+    add_device,
+    add_model,
+    add_with,
+    at_least,
+    model_name,
+    open_pipeline,
+    read_classes,
+    read_step,
+)
 from ddecode.images import ImageSet, check_out, write_grid, write_npz
 from ddecode.processes import launch, rank
 from ddecode.samples import LABELLINGS, draw_all, draw_labels, make_settings, write_folder
@@ -59,7 +67,7 @@ def run(args: argparse.Namespace) -> None:
         settings = make_settings(
             pipe,
             plan,
-            model=ModelFolder.open(args.model).path.name,
+            model=model_name(args.model),
             classes=classes,
             num=args.num,
             labelling=args.labels,

@@ -14,6 +14,8 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
+import torch
+
 from ddecode.arguments import check_kind, check_whole
 from ddecode.evaluation.blocks import NOT_KEPT, Block, Blocks, counted, progress_bar
 from ddecode.evaluation.fidelity import LEAST, Extractor, Resize, inception_score, kernel_distance, precision_recall
@@ -21,13 +23,14 @@ from ddecode.evaluation.metrics import frechet_distance
 from ddecode.evaluation.reference import Reference, look, see
 from ddecode.evaluation.results import Result, label_balance, row_lines, versions_of
 from ddecode.files import file_hash
-from ddecode.images import ROUNDING, ImageSet
+from ddecode.images import ROUNDING, ImageSet, to_uint8
 from ddecode.pipeline import DistilledPipeline
 from ddecode.plan import Plan
 from ddecode.samples import Labelling, batches_of, draw, draw_labels, make_settings
 from ddecode.sampling import passes
 
 NUM = 50_000
+BATCH = 50
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,6 +104,7 @@ class Inspector:
         seed: int | None,
         labels: str,
         rounding: str,
+        model_hash: str | None = None,
     ) -> FidelityResult:
         """The record."""
         return FidelityResult(
@@ -113,6 +117,7 @@ class Inspector:
             feature_hash=self.extractor.hash,
             reference_hash=self.reference.hash,
             versions=versions_of("torch", "numpy", "torch-fidelity"),
+            model_hash=model_hash,
             rows=tuple(rows),
         )
 
@@ -125,7 +130,8 @@ def evaluate(
     model: str,
     num: int = NUM,
     seed: int = 0,
-    batch: int = 50,
+    batch: int = BATCH,
+    model_hash: str | None = None,
     blocks: Blocks = NOT_KEPT,
     show_progress: bool = True,
 ) -> FidelityResult:
@@ -138,10 +144,12 @@ def evaluate(
         model: its name, for the record.
         num: images of each plan.
         seed: of all plans alike.
+        model_hash: see `ddecode.checkpoint.ModelFolder.model_hash`, for the record.
         blocks: what is kept of an evaluation that was stopped.
 
     Raises:
-        ValueError: num is too small or, with balanced labels, no multiple of the number of classes.
+        ValueError: num is too small or, with balanced labels, no multiple of the number of classes; the images are not
+            of the reference's size.
     """
     check_kind("pipe", pipe, DistilledPipeline)
     check_kind("plans", plans, Mapping)
@@ -150,6 +158,8 @@ def evaluate(
         check_kind("a plan", plan, Plan)
     labelling = inspector.protocol.labelling
     check_num(num, pipe.num_classes, inspector.protocol)
+    blank_BLC = torch.zeros(1, pipe.length, pipe.tokenizer.codebook_VC.shape[1], device=pipe.device)
+    inspector.reference.check_size(model, to_uint8(pipe.decode(blank_BLC)))
     labels_N = draw_labels(range(pipe.num_classes), num, labelling=labelling, seed=seed)
 
     def row(name: str, plan: Plan) -> FidelityRow:
@@ -169,7 +179,9 @@ def evaluate(
 
     rows = [row(name, plan) for name, plan in plans.items()]
     labels = label_balance(labelling, labels_N)
-    return inspector.result(rows, model=model, num=num, seed=seed, labels=labels, rounding=ROUNDING)
+    return inspector.result(
+        rows, model=model, num=num, seed=seed, labels=labels, rounding=ROUNDING, model_hash=model_hash
+    )
 
 
 def check_num(num: int, num_classes: int, protocol: Protocol) -> None:
@@ -187,18 +199,19 @@ def evaluate_images(
     inspector: Inspector,
     *,
     num: int = NUM,
-    batch: int = 50,
+    batch: int = BATCH,
     blocks: Blocks = NOT_KEPT,
     show_progress: bool = True,
 ) -> FidelityResult:
     """Judge the first `num` of images that are there already; `blocks` as for `evaluate`.
 
     Raises:
-        ValueError: see `check_images`.
+        ValueError: see `check_images`; or they are not of the reference's size.
     """
     check_kind("images", images, ImageSet)
     check_kind("inspector", inspector, Inspector)
     check_images(images, inspector.protocol, num)
+    inspector.reference.check_size(str(images.path), next(images.batches(1, 1)))
     note = images.note or {}
 
     def identity() -> dict[str, Any]:

@@ -64,6 +64,21 @@ class Reference:
     features_NF: Tensor | None
     """fp32; None where only statistics are known."""
     hash: str
+    size: tuple[int, int] | None
+    """Height and width of the images; None where only statistics are known."""
+
+    def check_size(self, name: str, images_BHW3: np.ndarray) -> None:
+        """
+        Raises:
+            ValueError: the images are of another size: scaled to the network's, one set would be blurred more.
+        """
+        size = images_BHW3.shape[1:3]
+        if self.size not in (None, size):
+            theirs, ours = (f"{w}x{h}" for h, w in (self.size, size))
+            raise ValueError(
+                f"the reference's images are {theirs} pixels, those of {name} {ours}: bring one set to the other's "
+                "size (docs/evaluation.md)"
+            )
 
     @classmethod
     def open(
@@ -81,7 +96,7 @@ class Reference:
         path = as_path("a reference", path)
         if not path.exists():
             raise ValueError(f"there is no reference {path}")
-        real, features_NF = None if path.is_dir() else read_statistics(path), None
+        real, features_NF, size = None if path.is_dir() else read_statistics(path), None, None
         width = extractor(torch.zeros(1, 3, 32, 32, dtype=torch.uint8)).features_BF.shape[1]
         if real is not None and (real.mean_F.shape, real.covariance_FF.shape) != ((width,), (width, width)):
             raise ValueError(f"{path} is of {real.mean_F.size} features, the network that judges has {width}")
@@ -91,13 +106,14 @@ class Reference:
             images = ImageSet.open(path)
             if images.num < LEAST:
                 raise ValueError(f"{path} holds {images.num} images, a reference needs at least {LEAST}")
+            size = next(images.batches(1, 1)).shape[1:3]
             with progress_bar(images.num, show_progress, "real") as bar:
                 blocks = in_turn(partial(see, extractor), images.batches(images.num, batch))
                 seen = look(counted(blocks, bar), keep_features=True)
             real, features_NF = real or seen.gaussian, seen.features_NF
         if real is None:
             raise ValueError(f"{path} holds neither statistics (mu and sigma) nor images (arr_0)")
-        return cls(real=real, features_NF=features_NF, hash=file_hash(path))
+        return cls(real=real, features_NF=features_NF, hash=file_hash(path), size=size)
 
 
 def holds_images(path: Path) -> bool:

@@ -38,6 +38,8 @@ class Result:
     reference_hash: str
     """Of the real images or their statistics."""
     versions: dict[str, str]
+    model_hash: str | None = None
+    """Of the model's own weights, see `ddecode.checkpoint.ModelFolder.model_hash`; None where that is not known."""
 
 
 def versions_of(*packages: str) -> dict[str, str]:
@@ -75,11 +77,11 @@ def check_result(name: str | Path, result: Any) -> None:
     Raises:
         ValueError: it is no result as `as_json` wrote it.
     """
-    needed = {field.name for field in dataclasses.fields(Result)} | {"rows"}
+    needed = {field.name for field in dataclasses.fields(Result) if field.default is dataclasses.MISSING} | {"rows"}
     if not isinstance(result, dict) or not needed <= result.keys() or not are_rows(result["rows"]):
         raise ValueError(f"{name} is no result of ddecode eval")
     for field, kind in get_type_hints(Result).items():
-        build(kind, result[field], f"{name}: {field}")
+        build(kind, result.get(field), f"{name}: {field}")
 
 
 def are_rows(rows: Any) -> bool:

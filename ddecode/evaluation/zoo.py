@@ -52,6 +52,7 @@ from ddecode.randomness import derived_seed, sample_generators
 from ddecode.samples import batches_of, weights_hash
 
 NUM = 5000
+BATCH = 250
 PERMUTED = 1
 """The stream of T', whose tokens the control permutes."""
 PLANNED = 4
@@ -163,7 +164,8 @@ def evaluate(
     model: str,
     num: int,
     seed: int = 0,
-    batch: int = 250,
+    batch: int = BATCH,
+    model_hash: str | None = None,
     blocks: Blocks = NOT_KEPT,
     show_progress: bool = True,
 ) -> ZooResult:
@@ -176,6 +178,7 @@ def evaluate(
         model: its name, for the record.
         num: samples of each set; at least 2 for each class.
         seed: the teacher's sets and the plans' never share noise.
+        model_hash: see `ddecode.checkpoint.ModelFolder.model_hash`, for the record.
         blocks: what is kept of an evaluation that was stopped.
 
     Raises:
@@ -275,6 +278,7 @@ def evaluate(
         feature_hash=judge.hash,
         reference_hash=judge.hash,
         versions=versions_of("torch", "numpy"),
+        model_hash=model_hash,
         rows=tuple(rows),
     )
 
