@@ -24,6 +24,7 @@ import numpy as np
 import torch
 
 from ddecode.arguments import check_whole
+from ddecode.compilation import is_compiled
 from ddecode.images import to_uint8
 from ddecode.machine import clock, machine_name, matmul_rate, peak_bytes, reset_peak, thread_count
 from ddecode.operations import counted
@@ -222,7 +223,7 @@ def benchmark(
         rows=tuple(rows),
         repeats=repeats,
         warmup=warmup,
-        compiled=compiled,
+        compiled=compiled or any(isinstance(model, Student) and is_compiled(model) for model in pipe.models.values()),
         device=pipe.device.type,
         machine=machine_name(pipe.device),
         matmul_rate=rate,

@@ -58,4 +58,4 @@ def call_back(callback: StepCallback, pipe: Any, progress: Progress, offered: Se
         if tensor.shape != before.shape:
             raise ValueError(f"callback_on_step_end returned {name} {tuple(tensor.shape)} for {tuple(before.shape)}")
         check_vectors(f"{name} that callback_on_step_end returned", tensor, *before.shape[1:])
-        setattr(progress, name, tensor.to(before))
+        before.copy_(tensor)  # the caller's own stays as it is

@@ -122,7 +122,7 @@ def sections(model: ModelFolder, card: Card, name: str, recipe: str | None) -> l
     starts = model.config["student"]["starts"] if model.has("student") else []
     student = f"a student of it that samples in {counted(len(starts))}" if starts else "no student"
     labels = "(features_BPE, mask_BP)" if takes_captions(model) else "[0]"
-    measured = "Not measured yet." if card.metrics is None else metrics(result_of(model, Path(card.metrics)))
+    measured = "Not measured yet." if card.metrics is None else metrics(read_result(Path(card.metrics)), model)
     return [
         f"# {name.rpartition('/')[2]}",
         f"A `{model.config['family']}` image model in ddecode's format with {student}: Distilled Decoding "
@@ -142,19 +142,6 @@ def sections(model: ModelFolder, card: Card, name: str, recipe: str | None) -> l
         "## Metrics",
         measured,
     ]
-
-
-def result_of(model: ModelFolder, path: Path) -> dict[str, Any]:
-    """The result, if it is this model's.
-
-    Raises:
-        ValueError: it is another's, or no result.
-    """
-    result = read_result(path)
-    ours, theirs = model.model_hash(), result.get("model_hash")
-    if theirs not in (None, ours):
-        raise ValueError(f"{path} is of other weights ({result['model']} {theirs}, not {ours}): evaluate {model.path}")
-    return result
 
 
 def takes_captions(model: ModelFolder) -> bool:
@@ -184,7 +171,7 @@ def sizes(model: ModelFolder) -> dict[str, str]:
     return found
 
 
-def metrics(result: Mapping[str, Any]) -> str:
+def metrics(result: Mapping[str, Any], model: ModelFolder) -> str:
     """A result with all that its figures rest on, as a table; columns without a figure are left out."""
     rows = result["rows"]
     columns = [name for name in rows[0] if any(row[name] is not None for row in rows)]
@@ -195,4 +182,10 @@ def metrics(result: Mapping[str, Any]) -> str:
         "Protocol `{protocol}`, n {num}, seed {seed}, labels {labels}; model `{model}`, features `{feature_hash}`, "
         "reference `{reference_hash}`; {rounding}; "
     )
-    return f"{facts.format_map(result)}{versions}.\n\n{table}"
+    return f"{facts.format_map(result)}{versions}.{whose(result, model)}\n\n{table}"
+
+
+def whose(result: Mapping[str, Any], model: ModelFolder) -> str:
+    """A sentence for figures of other weights than this folder's, be they others or the same before rounding."""
+    ours, theirs = model.model_hash(), result.get("model_hash")
+    return "" if theirs in (None, ours) else f" Measured on weights `{theirs}`; those of this folder are `{ours}`."

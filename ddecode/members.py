@@ -8,9 +8,10 @@ from torch import Tensor
 
 from ddecode.arguments import check_kind, shown
 from ddecode.plan import NAME
+from ddecode.precision import dtype_of, network
 from ddecode.sampling import Model, Skip
 from ddecode.student import Student
-from ddecode.teacher import Teacher
+from ddecode.teacher import Recipe, Teacher
 from ddecode.types import Tokenizer
 
 OWN_NAMES = ("student", "teacher", "skip")
@@ -48,6 +49,31 @@ def check_members(
             ours, theirs = getattr(own, what), getattr(model, what)
             if ours != theirs:
                 raise ValueError(f"{name} has {what} {theirs}, the pipeline's own model {ours}")
+
+
+def check_places(members: Mapping[str, Model]) -> None:
+    """
+    Raises:
+        ValueError: their networks are not of one precision on one device.
+    """
+    models = {name: model for name, model in members.items() if not isinstance(model, Skip)}
+    places = {name: (dtype_of(network(model)), model.device) for name, model in models.items()}
+    if len(set(places.values())) > 1:
+        told = ", ".join(f"{name} {dtype} on {device}" for name, (dtype, device) in places.items())
+        raise ValueError(f"models of one plan must be alike, these are {told}: bring all there by pipe.to")
+
+
+def recipe_of(teacher: Teacher | None, others: Mapping[str, Model]) -> Recipe:
+    """How a pipeline's teachers are sampled that is not told: as its own is, or where it has none, the others.
+
+    Raises:
+        ValueError: these are sampled differently.
+    """
+    teachers = {"teacher": teacher} if teacher is not None else others
+    recipes = {name: model.recipe for name, model in teachers.items() if isinstance(model, Teacher)}
+    if len(set(recipes.values())) > 1:
+        raise ValueError(f"{', '.join(recipes)} are sampled differently: say by recipe= how they are to be here")
+    return next(iter(recipes.values()), Recipe())
 
 
 def same_codes(first_VC: Tensor, second_VC: Tensor) -> bool:

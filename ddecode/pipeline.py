@@ -22,12 +22,12 @@ from ddecode.compilation import compile_blocks
 from ddecode.config import build
 from ddecode.files import check_room, write_aside
 from ddecode.images import OUTPUT_TYPES, OutputType, to_output
-from ddecode.members import check_members
+from ddecode.members import check_members, check_places, recipe_of
 from ddecode.plan import Plan, parse_plan, student_plan
 from ddecode.precision import autocast, cast, check_device, check_dtype, decoder, dtype_of, network
 from ddecode.sampling import AfterPass, Model, Progress, Skip, check_models, execute, passes
 from ddecode.student import Student
-from ddecode.teacher import Recipe, Teacher, batch_size, draw_noise, per_sample_generators
+from ddecode.teacher import Recipe, Teacher, batch_size, draw_noise, draw_uniforms, per_sample_generators
 from ddecode.types import Generators, Labels, Tokenizer
 
 Steps = int | Literal["teacher"]
@@ -74,7 +74,7 @@ class DistilledPipeline:
         check_members(tokenizer, student, teacher, others or {})
         self.tokenizer, self.student, self.teacher = tokenizer, student, teacher
         self.others = dict(others or {})
-        self.recipe = recipe or (teacher.recipe if teacher is not None else Recipe())
+        self.recipe = recipe or recipe_of(teacher, self.others)
         self.class_names = build(tuple[str, ...], class_names, "class_names")
         self.notes = dict(notes or {})
         self.training_recipe = training_recipe
@@ -335,8 +335,9 @@ class DistilledPipeline:
             class_labels: int, list or LongTensor [B].
             num_inference_steps: student passes (1 if nothing is given), or "teacher" for plain AR sampling.
             plan: instead of them, a plan's text, such as "student:0-64,student:32-64".
-            generator: one `torch.Generator`, a list of B, or None for torch's global one. Sample i's noise is
-                `torch.randn(L, C, generator=g_i)`; with one generator it is drawn sample by sample.
+            generator: one `torch.Generator` of the CPU, a list of B, or None for torch's own. Sample i's noise is
+                `torch.randn(L, C, generator=g_i)`, with one generator drawn sample by sample, so that a student's image
+                i does not depend on the batch. A teacher draws behind the noise of all: for it, give a list.
             output_type: see `PipelineOutput`.
             callback_on_step_end: called after each pass of a student and each AR step of a teacher with this
                 pipeline, the pass's index, the number of tokens resolved and a dict of tensors. Those it changes in
@@ -371,16 +372,18 @@ class DistilledPipeline:
     ) -> Progress:
         """Run a plan up to the token embeddings, without a bar; see `ddecode.sampling.execute`."""
         check_kind("a plan", plan, Plan)
+        models = self.models
+        check_places({span.who: models[span.who] for span in plan.spans if span.who in models})
         code_width, device = self.any_model.codebook_VC.shape[1], self.any_model.device
         labels = check_labels(class_labels, None, self.num_classes, device)
         batch = batch_size(labels)
         noise_BLC = draw_noise(generator, batch, (self.length, code_width))
         generators = per_sample_generators(generator, batch)
-        uniforms_BL = torch.stack([torch.rand(self.length, generator=g) for g in generators])
+        uniforms_BL = draw_uniforms(generators, self.length)
         with self.precision():
             return execute(
                 plan,
-                self.models,
+                models,
                 noise_BLC=noise_BLC.to(device),
                 uniforms_BL=uniforms_BL.to(device),
                 labels=labels,

@@ -95,21 +95,27 @@ def per_sample_generators(generator: Generators, batch: int) -> list[torch.Gener
     """One generator for each sample: a list is taken as it is, a single one (None: torch's own) serves them in turn.
 
     Raises:
-        ValueError: a list of another length, or of something else.
+        ValueError: a list of another length, of something else, or of another device than the CPU.
     """
-    if generator is None or isinstance(generator, torch.Generator):
-        return [generator or torch.default_generator] * batch
-    each = list(generator) if isinstance(generator, Sequence) else [generator]
+    each = list(generator) if isinstance(generator, Sequence) else [generator or torch.default_generator] * batch
     if not all(isinstance(g, torch.Generator) for g in each):
         raise ValueError("generator must be one torch.Generator, a list of them, or None")
+    if not all(g.device.type == "cpu" for g in each):
+        raise ValueError("noise is drawn on the CPU, the same for all devices: give torch.Generator() without a device")
     if len(each) != batch:
         raise ValueError(f"{len(each)} generators for {batch} samples: give one, or one each")
     return each
 
 
 def draw_noise(generator: Generators, batch: int, shape: tuple[int, int]) -> Tensor:
-    """Standard normal fp32 [B,L,C] on the CPU, drawn sample by sample: image i never depends on the batch."""
-    return torch.stack([torch.randn(shape, generator=g) for g in per_sample_generators(generator, batch)])
+    """Standard normal fp32 [B,L,C] on the CPU, drawn sample by sample: that of image i never depends on the batch."""
+    each = per_sample_generators(generator, batch)
+    return torch.stack([torch.randn(shape, generator=g, dtype=torch.float32, device="cpu") for g in each])
+
+
+def draw_uniforms(generators: Sequence[torch.Generator], length: int) -> Tensor:
+    """fp32 [B,L] in [0, 1) on the CPU."""
+    return torch.stack([torch.rand(length, generator=g, dtype=torch.float32, device="cpu") for g in generators])
 
 
 def inverse_cdf(uniforms_BL: Tensor) -> Pick:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate import Accelerator, AutocastKwargs, DistributedDataParallelKwargs
 from PIL import Image
 from torch import Tensor, distributed, nn
 from torch.distributed.fsdp import FSDPModule
@@ -225,7 +225,7 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
     launch()
     # terms that begin late, or are off, leave parameters without a gradient
     unused = DistributedDataParallelKwargs(find_unused_parameters=True)
-    accelerator = Accelerator(fsdp_plugin=options, kwargs_handlers=[unused])
+    accelerator = Accelerator(fsdp_plugin=options, kwargs_handlers=[unused, AutocastKwargs(cache_enabled=False)])
     if accelerator.mixed_precision not in ("no", "bf16"):
         raise ValueError(f"mixed precision {accelerator.mixed_precision} is not supported: choose bf16 or no")
     parts = accelerator.gradient_accumulation_steps
@@ -285,7 +285,8 @@ def look(
     batch = [tensor.to(accelerator.device) for tensor in samples.batch([indices[place] for place in places])]
     generator = StepGenerator(derived_seed(config.seed, 2, step), places)
     half = "bf16" in (config.precision, accelerator.mixed_precision)
-    with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=half):
+    # without the cache: earlier versions of torch keep a weight's cast from a pass without gradients for one with them
+    with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=half, cache_enabled=False):
         result: tuple[Tensor, dict[str, Tensor]] = objective(
             *batch, generator=generator, progress=step / config.steps, step=step
         )
@@ -298,9 +299,10 @@ def plain(metric: Tensor) -> float | list[float]:
 
 
 def parameter_groups(objective: Objective, config: TrainingConfig) -> list[dict[str, Any]]:
-    """The optimiser's: the model's matrices, which decay, its vectors, which do not, and each critic."""
+    """The optimiser's: the model's matrices, which decay, its vectors, which do not, whatever dimensions of size 1 they
+    have besides, and each critic."""
     trained = [p for p in objective.model.parameters() if p.requires_grad]
-    matrices, vectors = [p for p in trained if p.dim() > 1], [p for p in trained if p.dim() <= 1]
+    matrices, vectors = ([p for p in trained if (sum(n > 1 for n in p.shape) > 1) == many] for many in (True, False))
     groups: list[dict[str, Any]] = [
         {"params": matrices, "weight_decay": config.weight_decay, "critic": False, "peak_lr": config.lr},
         {"params": vectors, "weight_decay": 0.0, "critic": False, "peak_lr": config.lr},

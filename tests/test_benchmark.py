@@ -5,10 +5,12 @@ import dataclasses
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from PIL import Image, ImageColor
+from tiny import make_pipeline
 
 from ddecode.benchmark import BenchmarkRow, Cost, benchmark, named_plans
 from ddecode.checkpoint import save_model
@@ -159,6 +161,31 @@ def test_compiling_is_asked_for_once_and_after_counting(
     result = benchmark(pipe, [1, 2], [1, 2], repeats=1, warmup=1, compiled=True)
     assert order == ["count"] * 4 + ["compile"]
     assert result.compiled and result.as_dict()["compiled"]
+
+
+def test_what_is_compiled_stays_so() -> None:
+    """Counting operations is not to make torch give compiled code up, in this run or in later ones."""
+    calls: list[int] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
+        def called(*values: torch.Tensor) -> Any:
+            calls.append(1)
+            return graph(*values)
+
+        return called
+
+    torch.compiler.reset()
+    pipe = make_pipeline()
+    pipe.compile(backend=backend)
+    counts = []
+    for _ in range(3):
+        calls.clear()
+        result = benchmark(pipe, [1], [1], repeats=2, warmup=1)
+        assert result.compiled and result.rows[0].network_operations > 0
+        counts.append(len(calls))
+    blocks = pipe.student.backbone.depth
+    assert counts == [4 * blocks] * 3, "one before counting, three that are timed"
+    assert not benchmark(make_pipeline(), [1], [1], repeats=1, warmup=1).compiled
 
 
 def test_plans_asked_for_twice_are_measured_once(pipe: DistilledPipeline) -> None:

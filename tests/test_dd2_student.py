@@ -61,6 +61,8 @@ def test_a_position_sees_its_own_noise_and_that_of_earlier_steps(any_teacher: Te
 def test_it_begins_as_the_tuned_network_one_jump_from_noise(any_teacher: Teacher, level: float) -> None:
     """q = x - t v from the tuned network's own features where all before is resolved; x has mean and scale of codes at
     the noise level t, at 1 it is the noise."""
+    if any_teacher.family == "llamagen":  # token inputs whose mean is far from zero
+        any_teacher.backbone.tok_embeddings.weight.data += 1
     tuned = ARDiffusion.from_teacher(any_teacher, depth=1)
     torch.nn.init.normal_(tuned.head.output.weight, generator=seeded(3))
     student = make_dd2_student(any_teacher, starts=(0, 5), noise_level=level)

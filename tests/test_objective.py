@@ -238,6 +238,17 @@ def test_fresh_noise_goes_with_the_tokens_and_never_repeats(teacher: Teacher) ->
     assert (back == IDS).float().mean() > 0.9
 
 
+def test_a_token_that_the_forced_pass_leaves_out_keeps_its_noise(teacher: Teacher) -> None:
+    student = make_student(teacher, starts=(0,))
+    seen: list[Tensor] = []
+    student.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    log_probs = torch.randn(8, L, V, generator=seeded(4)).log_softmax(-1)
+    log_probs[2, 3, IDS[2, 3]] = -torch.inf
+    StudentObjective(student, ObjectiveConfig(fresh_noise=True))(NOISE, IDS, LABELS, log_probs, generator=seeded(0))
+    kept = (seen[0] == NOISE).all(-1)
+    assert kept.nonzero().tolist() == [[2, 3]] and seen[0].isfinite().all()
+
+
 def test_the_cross_entropy_by_step_is_its_mean_over_what_counts() -> None:
     teacher = make_var_teacher()
     student, steps = make_draft_student(teacher, starts=(0, 5)), teacher.steps

@@ -60,6 +60,17 @@ def test_image_i_depends_on_its_own_generator_alone(pipe: DistilledPipeline, pla
         torch.testing.assert_close(together[i : i + 1], alone, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("steps", [1, "teacher"])
+def test_noise_does_not_follow_torchs_default_dtype(pipe: DistilledPipeline, steps: Any) -> None:
+    expected = pipe([0, 1], num_inference_steps=steps, generator=seeded(0), output_type="latent").images
+    torch.set_default_dtype(torch.float64)
+    try:
+        images = pipe([0, 1], num_inference_steps=steps, generator=seeded(0), output_type="latent").images
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(images, expected)
+
+
 def test_one_generator_draws_the_noise_sample_by_sample(pipe: DistilledPipeline) -> None:
     g = seeded(5)
     noise = torch.stack([torch.randn(L, C, generator=g) for _ in range(3)])
@@ -129,6 +140,32 @@ def test_a_pipeline_without_one_of_its_models_says_so(teacher: Teacher, pipe: Di
         DistilledPipeline(tokenizer=teacher.tokenizer, teacher=teacher)(0)
     with pytest.raises(ValueError, match="no teacher"):
         DistilledPipeline(tokenizer=teacher.tokenizer, student=pipe.student)(0, num_inference_steps="teacher")
+
+
+def test_teachers_among_others_are_sampled_as_they_are_where_there_is_no_own() -> None:
+    teacher = make_teacher(recipe=Recipe(guidance_scale=2.0, top_k=5))
+    student = make_student(teacher)
+    own = DistilledPipeline(tokenizer=teacher.tokenizer, student=student, teacher=teacher)
+    light = DistilledPipeline(tokenizer=teacher.tokenizer, student=student, others={"big": teacher})
+    for plan in ("student:0-4,{}:4-16", "{}:0-16"):
+        images = (
+            pipe([0, 1], plan=plan.format(name), generator=seeded(0), output_type="latent").images
+            for pipe, name in ((own, "teacher"), (light, "big"))
+        )
+        assert torch.equal(*images)
+    others = {"big": teacher, "small": make_teacher(recipe=Recipe())}
+    with pytest.raises(ValueError, match="big, small are sampled differently: say by recipe="):
+        DistilledPipeline(tokenizer=teacher.tokenizer, student=student, others=others)
+    DistilledPipeline(tokenizer=teacher.tokenizer, student=student, others=others, recipe=Recipe())
+
+
+def test_models_of_two_precisions_in_one_plan_are_refused() -> None:
+    pipe = make_pipeline().to(torch.bfloat16)
+    mixed = DistilledPipeline(tokenizer=pipe.tokenizer, student=pipe.student, others={"big": make_teacher()})
+    mixed([0])
+    with pytest.raises(ValueError, match=r"student torch\.bfloat16 on cpu, big torch\.float32 on cpu: bring all"):
+        mixed([0], plan="student:0-4,big:4-16")
+    mixed.to(torch.float32)([0], plan="student:0-4,big:4-16")
 
 
 def test_to_disk_and_back(pipe: DistilledPipeline, model: Path) -> None:
@@ -312,6 +349,19 @@ def test_what_the_callback_changes_is_gone_on_from(pipe: DistilledPipeline, in_p
     sequence = torch.cat([kept, noise[:, 4:]], 1)
     expected = pipe.student.emit(sequence, torch.tensor([1]), 4, L)
     torch.testing.assert_close(images, torch.cat([kept, expected], 1))
+
+
+def test_what_the_callback_returns_stays_its_own(pipe: DistilledPipeline) -> None:
+    one = pipe.student.codebook_VC[5].expand(1, L, C).clone()
+    with torch.inference_mode():
+        kept = one.clone()
+
+    def callback(given: DistilledPipeline, step: int, timestep: int, tensors: dict[str, Any]) -> dict[str, Any] | None:
+        return None if step else {"embeddings_BLC": kept.expand(2, -1, -1)}
+
+    options: dict[str, Any] = {"num_inference_steps": 2, "output_type": "latent", "callback_on_step_end": callback}
+    first, second = (pipe([1, 2], generator=seeded(0), **options).images for _ in range(2))
+    assert torch.equal(kept, one) and torch.equal(first, second)
 
 
 def test_a_callback_of_other_tensors_is_refused(pipe: DistilledPipeline) -> None:

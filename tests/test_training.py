@@ -15,13 +15,7 @@ from toy_training import CONFIG, TRUTH, Points, Toy, equal_states, killed_at, lo
 
 from ddecode.objectives.likelihood import LikelihoodObjective
 from ddecode.run_folder import EMA, SUMS, sha256
-from ddecode.training import (
-    Shown,
-    batch_indices,
-    learning_rate,
-    train,
-    update_average,
-)
+from ddecode.training import Shown, batch_indices, learning_rate, parameter_groups, train, update_average
 from ddecode.training_config import TrainingConfig
 
 
@@ -223,6 +217,16 @@ def test_the_learning_rate_warms_up_and_ends() -> None:
     rates = [learning_rate(config, s) for s in range(10, 1000)]
     assert rates == sorted(rates, reverse=True)
     assert learning_rate(TrainingConfig(steps=10, batch=1, lr=1.0, warmup_steps=0), 0) == 1.0
+
+
+def test_matrices_decay_and_vectors_do_not() -> None:
+    toy = Toy()
+    toy.model = torch.nn.ParameterDict(
+        {"matrix": torch.ones(2, 3), "vector": torch.ones(3), "scales": torch.ones(1, 4, 1, 1), "one": torch.ones(1, 1)}
+    )
+    matrices, vectors = parameter_groups(toy, TrainingConfig(steps=1, batch=1, lr=0.1, weight_decay=0.5))[:2]
+    assert [p.shape for p in matrices["params"]] == [(2, 3)] and matrices["weight_decay"] == 0.5
+    assert sorted(p.numel() for p in vectors["params"]) == [1, 3, 4] and vectors["weight_decay"] == 0.0
 
 
 @pytest.mark.parametrize(("step", "decay"), [(0, 1 / 10), (10, 11 / 20), (100000, 0.999)])

@@ -131,7 +131,10 @@ class StudentObjective(Objective):
             log_probs_BLV = None if log_probs_BLV is None else log_probs_BLV[few]
         if config.fresh_noise:
             assert log_probs_BLV is not None
-            noise_BLC = tokens_to_noise(ids_BL, log_probs_BLV, student.codebook_VC, generator, grid=self.grid)
+            fresh_BLC = tokens_to_noise(ids_BL, log_probs_BLV, student.codebook_VC, generator, grid=self.grid)
+            # a filter's border may leave out what it let through when the pairs were made: no other noise leads there
+            there_BL = log_probs_BLV.gather(2, ids_BL[..., None])[..., 0].isfinite()
+            noise_BLC = torch.where(there_BL[..., None], fresh_BLC, noise_BLC)
         if guidance_alone:
             return self.guidance_turn(noise_BLC, ids_BL, labels_B, generator, progress)
         target_BLV = log_probs_BLV if config.targets == "probabilities" else None
