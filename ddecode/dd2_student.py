@@ -72,6 +72,11 @@ class DD2Student(ShiftedStudent):
         x_BNC = (1 - t) * self.head.mean_C + self.head.scale(noise_BNC.new_tensor(t)) * noise_BNC
         return x_BNC - t * self.head(hidden_BND, x_BNC, noise_BNC.new_full(noise_BNC.shape[:2], t))
 
+    def noise_inputs(self, noise_BMC: Tensor, resolved_BM: Tensor) -> Tensor:
+        """See `ShiftedStudent.noise_inputs`. Nothing behind resolved tokens, whose own vectors are read there: the map
+        is fitted to give as much as these would, its bias too."""
+        return super().noise_inputs(noise_BMC, resolved_BM).masked_fill(resolved_BM[..., None], 0.0)
+
     def emitted(self, prediction: Prediction, sequence_BLC: Tensor) -> Tensor:
         return prediction.embeddings_BLC
 
@@ -92,24 +97,22 @@ class DD2Student(ShiftedStudent):
         assert isinstance(self.backbone, nn.Module)
         self.backbone.load_state_dict(backbone.state_dict())
         self.head.load_state_dict(head.state_dict())
+        nn.init.zeros_(self.indicator.weight)
         self.fit_noise_map()
 
     @torch.no_grad()
     def fit_noise_map(self) -> None:
         """Least squares: random codes, seen at the scale of noise, are to give what the backbone reads of them as
-        tokens. In float64, so that rounding hides the order of sums. Of tokens the backbone alone is to be read: what
-        the map adds where there is no noise, the indicator takes off."""
+        tokens. In float64, so that rounding hides the order of sums."""
         V, C = self.codebook_VC.shape
         read = self.length - self.backbone.steps[-1]
         batch = max(1, FITTED_TOKENS // len(self.known))
         ids_BN = torch.randint(V, (batch, read), generator=torch.Generator().manual_seed(0)).to(self.device)
         none_BN = torch.zeros_like(ids_BN, dtype=torch.bool)
         noise_BNC = (self.codebook_VC[ids_BN] - self.head.mean_C) / self.head.deviation_C
-        tokens_BMD, unseen_BMC = self.backbone.mixed_inputs(ids_BN, ~none_BN, noise_BNC)
+        tokens_BMD, _ = self.backbone.mixed_inputs(ids_BN, ~none_BN, noise_BNC)
         blank_BMD, seen_BMC = self.backbone.mixed_inputs(ids_BN, none_BN, noise_BNC)
         points = torch.cat([seen_BMC.double(), seen_BMC.new_ones(*seen_BMC.shape[:2], 1).double()], -1).flatten(0, 1)
         solution = torch.linalg.lstsq(points, (tokens_BMD - blank_BMD).double().flatten(0, 1)).solution
         self.noise_map.weight.copy_(solution[:C].T)
         self.noise_map.bias.copy_(solution[C])
-        nn.init.zeros_(self.indicator.weight)
-        self.indicator.weight[1] = -self.noise_map(unseen_BMC).mean((0, 1))

@@ -72,8 +72,13 @@ class ShiftedStudent(Student):
     def inputs(self, sequence_BNC: Tensor, ids_BN: Tensor, resolved_BN: Tensor, start_B: Tensor) -> Tensor:
         """What the teacher reads of the resolved tokens, the noise of the others, and which of the two, [B,M,D]."""
         known_M = torch.tensor([k for k in self.known if k <= sequence_BNC.shape[1]], device=start_B.device)
+        resolved_BM = known_M <= start_B[:, None]
         tokens_BMD, noise_BMC = self.backbone.mixed_inputs(ids_BN, resolved_BN, sequence_BNC)
-        return tokens_BMD + self.noise_map(noise_BMC) + self.indicator((known_M <= start_B[:, None]).long())
+        return tokens_BMD + self.noise_inputs(noise_BMC, resolved_BM) + self.indicator(resolved_BM.long())
+
+    def noise_inputs(self, noise_BMC: Tensor, resolved_BM: Tensor) -> Tensor:
+        """What positions read of noise, [B,M,D]; `resolved_BM` where nothing before them is any."""
+        return self.noise_map(noise_BMC)
 
 
 def known_tokens(steps: tuple[int, ...]) -> tuple[int, ...]:
