@@ -38,7 +38,7 @@ RECIPE = "recipe.yaml"
 CARD_FILES = ("README.md", RECIPE)
 STUDENT_OPTIONS: dict[str, dict[str, Any]] = {
     "drafts": {"drafts": tuple[int, ...], "joins": int, "num_steps": int, "draft_steps": int},
-    "exits": {"exits": tuple[int, ...], "joins": int, "full_depth": bool, "num_steps": int},
+    "exits": {"exits": tuple[int, ...], "joins": int, "num_steps": int},
     "wavefront": {"wavefront": int, "num_steps": int},
     "head_depth": {"head_depth": int, "noise_level": float},
     "split": {"split": int},
@@ -291,8 +291,6 @@ class ModelFolder:
         group = {key: value for key, value in self.require("student").items() if key != "backbone"}
         if "head_depth" in group:  # earlier versions knew no other level
             group = {"noise_level": 1.0} | group
-        if "exits" in group:  # nor passes of full depth
-            group = {"full_depth": False} | group
         own = next((own for key, own in STUDENT_OPTIONS.items() if key in group), STUDENT_OPTIONS["split"])
         options = {"starts": tuple[int, ...], **own}
         if set(group) != set(options):

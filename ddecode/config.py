@@ -65,10 +65,6 @@ class StudentConfig:
     joins: int = 0
     """Layers that the positions of the last AR step leave out, 0 or one of `drafts` or `exits`: cheaper, at some
     cost."""
-    full_depth: bool = False
-    """With `exits`: a pass that ends at a later start, as the first of two, has all layers, its AR steps (but for the
-    first of all, which keeps its exit) spread evenly over them, and is learnt for itself; else it is the beginning of
-    the pass over all tokens, with as few layers as that has for them."""
     draft_steps: int = 8
     """Evaluations of the map within the network: at a draft, whose tokens are made again at the end with those of the
     pairs, and wherever tokens are settled within."""
@@ -104,8 +100,6 @@ class StudentConfig:
             )
         if self.joins not in (0, *(self.drafts or ()), *(self.exits or ())[:-1]):
             raise ValueError(f"student.joins must be 0 or one of student.drafts or student.exits, got {self.joins}")
-        if self.full_depth and (self.exits is None or len(self.starts) == 1):
-            raise ValueError("student.full_depth is of a student with student.exits and a second of student.starts")
         check_finite("student.initial_share", self.initial_share)
         if not 0 <= self.initial_share < 1:
             raise ValueError(f"student.initial_share must lie in [0, 1), got {self.initial_share}")

@@ -31,7 +31,6 @@ from ddecode.processes import launch, meet, rank
 from ddecode.randomness import fresh_weights
 from ddecode.reporters import check_reporters
 from ddecode.run_folder import CRITICS, EMA, Checkpoint, check_new, sha256
-from ddecode.staggered_student import StaggeredStudent
 from ddecode.student import Student
 from ddecode.teacher import Teacher
 from ddecode.training import Samples, train
@@ -51,8 +50,7 @@ def make_student(folder: ModelFolder, teacher: Teacher, config: DistillConfig) -
         steps = {"num_steps": config.pairs.num_steps, "draft_steps": shape.draft_steps}
         options |= {"drafts": shape.drafts, "joins": shape.joins, **steps}
     elif shape.exits is not None:
-        own = {"exits": shape.exits, "joins": shape.joins, "full_depth": shape.full_depth}
-        options |= {**own, "num_steps": shape.draft_steps}
+        options |= {"exits": shape.exits, "joins": shape.joins, "num_steps": shape.draft_steps}
     elif shape.wavefront is not None:
         options |= {"wavefront": shape.wavefront, "num_steps": shape.draft_steps}
     else:
@@ -69,20 +67,11 @@ def make_student(folder: ModelFolder, teacher: Teacher, config: DistillConfig) -
         source.require("student")
         if source.has("teacher") and source.teacher_hash() != folder.teacher_hash():
             raise ValueError(f"student.initial {shape.initial} has another teacher than {config.teacher}")
-        state, ours = initial_state(source, student), student.state_dict()
+        state, ours = source.state("student"), student.state_dict()
         if {name: t.shape for name, t in state.items()} != {name: t.shape for name, t in ours.items()}:
             raise ValueError(f"the student of student.initial {shape.initial} has another shape than this recipe's")
         student.load_state_dict(state)
     return student.to(teacher.device)
-
-
-def initial_state(source: ModelFolder, student: Student) -> dict[str, Tensor]:
-    """The student's weights in the model it goes on from; where that one's passes had not the full depth, what tells
-    them apart begins neutral."""
-    state = source.state("student")
-    if isinstance(student, StaggeredStudent) and student.full_depth:
-        state.setdefault("pass_embedding.weight", torch.zeros_like(student.pass_embedding.weight))
-    return state
 
 
 def initial_model(config: DistillConfig) -> ModelFolder | None:
@@ -328,7 +317,7 @@ def distill_alone(config: DistillConfig, pairs_folder: Path, run: Path, *, resum
     )
     assert isinstance(ema, Student)
     if initial is not None and config.student.initial_share:
-        draw_back(ema, initial_state(initial, ema), config.student.initial_share)
+        draw_back(ema, initial.state("student"), config.student.initial_share)
     if rank() == 0:
         save_model(run / "model", model_config(folder, ema, config), {
             "tokenizer": module(teacher.tokenizer), "teacher": module(teacher.backbone), "student": ema,

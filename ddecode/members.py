@@ -7,15 +7,16 @@ import torch
 from torch import Tensor
 
 from ddecode.arguments import check_kind, shown
-from ddecode.plan import NAME
+from ddecode.plan import NAME, Plan
 from ddecode.precision import dtype_of, network
 from ddecode.sampling import Model, Skip
 from ddecode.student import Student
 from ddecode.teacher import Recipe, Teacher
+from ddecode.trajectory import MappedTeacher
 from ddecode.types import Tokenizer
 
-OWN_NAMES = ("student", "teacher", "skip")
-"""What plans call a pipeline's own models, and the control."""
+OWN_NAMES = ("student", "teacher", "map", "skip")
+"""What plans call a pipeline's own models, the teacher through its map, and the control."""
 
 
 def check_members(
@@ -51,13 +52,24 @@ def check_members(
                 raise ValueError(f"{name} has {what} {theirs}, the pipeline's own model {ours}")
 
 
-def check_places(members: Mapping[str, Model]) -> None:
+def named_models(
+    student: Student | None, teacher: Teacher | None, others: Mapping[str, Model], length: int
+) -> Mapping[str, Model]:
+    """All that plans may name."""
+    own: dict[str, Model] = {} if student is None else {"student": student}
+    if teacher is not None:
+        own |= {"teacher": teacher, "map": MappedTeacher(teacher)}
+    return own | dict(others) | {"skip": Skip(length=length)}
+
+
+def check_places(plan: Plan, models: Mapping[str, Model]) -> None:
     """
     Raises:
-        ValueError: their networks are not of one precision on one device.
+        ValueError: the networks that a plan names are not of one precision on one device.
     """
-    models = {name: model for name, model in members.items() if not isinstance(model, Skip)}
-    places = {name: (dtype_of(network(model)), model.device) for name, model in models.items()}
+    named = {span.who: models.get(span.who) for span in plan.spans}
+    present = {name: model for name, model in named.items() if isinstance(model, Teacher | Student)}
+    places = {name: (dtype_of(network(model)), model.device) for name, model in present.items()}
     if len(set(places.values())) > 1:
         told = ", ".join(f"{name} {dtype} on {device}" for name, (dtype, device) in places.items())
         raise ValueError(f"models of one plan must be alike, these are {told}: bring all there by pipe.to")

@@ -22,10 +22,10 @@ from ddecode.compilation import compile_blocks
 from ddecode.config import build
 from ddecode.files import check_room, write_aside
 from ddecode.images import OUTPUT_TYPES, OutputType, to_output
-from ddecode.members import check_members, check_places, recipe_of
+from ddecode.members import check_members, check_places, named_models, recipe_of
 from ddecode.plan import Plan, parse_plan, student_plan
 from ddecode.precision import autocast, cast, check_device, check_dtype, decoder, dtype_of, network
-from ddecode.sampling import AfterPass, Model, Progress, Skip, check_models, execute, passes
+from ddecode.sampling import AfterPass, Model, Progress, check_models, execute, passes
 from ddecode.student import Student
 from ddecode.teacher import Recipe, Teacher, batch_size, draw_noise, draw_uniforms, per_sample_generators
 from ddecode.types import Generators, Labels, Tokenizer
@@ -276,9 +276,7 @@ class DistilledPipeline:
     @property
     def models(self) -> Mapping[str, Model]:
         """The models that plans may name."""
-        named: dict[str, Model | None] = {"student": self.student, "teacher": self.teacher}
-        present = {name: model for name, model in named.items() if model is not None}
-        return present | self.others | {"skip": Skip(length=self.length)}
+        return named_models(self.student, self.teacher, self.others, self.length)
 
     @property
     def any_model(self) -> Teacher | Student:
@@ -373,13 +371,12 @@ class DistilledPipeline:
         """Run a plan up to the token embeddings, without a bar; see `ddecode.sampling.execute`."""
         check_kind("a plan", plan, Plan)
         models = self.models
-        check_places({span.who: models[span.who] for span in plan.spans if span.who in models})
+        check_places(plan, models)
         code_width, device = self.any_model.codebook_VC.shape[1], self.any_model.device
         labels = check_labels(class_labels, None, self.num_classes, device)
         batch = batch_size(labels)
         noise_BLC = draw_noise(generator, batch, (self.length, code_width))
-        generators = per_sample_generators(generator, batch)
-        uniforms_BL = draw_uniforms(generators, self.length)
+        uniforms_BL = draw_uniforms(per_sample_generators(generator, batch), self.length)
         with self.precision():
             return execute(
                 plan,

@@ -145,10 +145,7 @@ def sizes_of(module: Any) -> list[Any]:
     backbone = module.backbone if isinstance(module, Student) else module
     config = getattr(backbone, "config", None)  # of one's own backbone or tokenizer there need be none
     sizes = as_dict(config) if is_dataclass(config) else config
-    if not isinstance(module, Student):
-        return [sizes, None]
-    # an option that is off is as one that an earlier version did not know
-    return [sizes, {name: value for name, value in module.options().items() if value is not False}]
+    return [sizes, module.options() if isinstance(module, Student) else None]
 
 
 def batches_of(num: int, batch: int) -> list[range]:

@@ -15,6 +15,7 @@ from ddecode.codebook import nearest_code
 from ddecode.plan import Plan, Span, check_plan
 from ddecode.student import Student
 from ddecode.teacher import Pick, Recipe, Teacher, inverse_cdf
+from ddecode.trajectory import MappedTeacher
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,8 +57,9 @@ def execute(
     Args:
         plan: see `ddecode.plan`.
         models: the models it names.
-        noise_BLC: standard normal fp32; a student's pass reads it at all positions it has not resolved.
-        uniforms_BL: fp32 in [0, 1); a teacher's span draws its tokens with them.
+        noise_BLC: standard normal fp32; a student's pass reads it at all positions it has not resolved, and a
+            `MappedTeacher` makes its tokens of it.
+        uniforms_BL: fp32 in [0, 1); any other teacher's span draws its tokens with them.
         labels: checked class labels [B].
         recipe: guidance and filtering of teacher spans.
         after_pass: called after every pass of a student and every AR step of a teacher. What it makes of the
@@ -75,7 +77,8 @@ def execute(
         elif isinstance(model, Student):
             emit_with_student(model, span, progress, noise_BLC, labels)
         else:
-            emit_with_teacher(model, span, progress, uniforms_BL, labels, recipe, after_pass)
+            pick = model.pick(noise_BLC) if isinstance(model, MappedTeacher) else inverse_cdf(uniforms_BL)
+            emit_with_teacher(model, span, progress, pick, labels, recipe, after_pass)
         progress.resolved = span.stop
         progress.network_evaluations = before + passes(model, span)
         if isinstance(model, Student) and after_pass is not None:
@@ -130,14 +133,13 @@ def emit_with_teacher(
     teacher: Teacher,
     span: Span,
     progress: Progress,
-    uniforms_BL: Tensor,
+    pick: Pick,
     labels: Any,
     recipe: Recipe,
     after_pass: AfterPass | None = None,
 ) -> None:
     """AR steps after the kept tokens; continuous vectors among those count as their nearest codes."""
     kept = nearest_code(progress.embeddings_BLC[:, : span.start], teacher.codebook_VC)
-    pick = inverse_cdf(uniforms_BL)
     if after_pass is not None:
         pick = told(pick, teacher.codebook_VC, progress, after_pass)
     ids = teacher.walk(labels, pick, recipe, resolved_BN=kept, stop=span.stop)

@@ -38,16 +38,6 @@ class Reading:
 class SettlingStudent(MappedStudent):
     """See `ddecode.mapped_student.MappedStudent`; the map makes the tokens within the pass."""
 
-    full_depth = True
-    """Whether a pass that ends at a later start has all blocks for its tokens, and so is learnt for itself; else it is
-    the beginning of the pass to the end."""
-
-    @property
-    def passes(self) -> list[tuple[int, int]]:
-        """See `Student.passes`; behind those to the end, with `full_depth`, from each start to each later one."""
-        early = [(start, end) for start in self.starts for end in self.starts if end > start]
-        return super().passes + (early if self.full_depth else [])
-
     @abstractmethod
     def walk(
         self, sequence_BLC: Tensor, labels_B: Tensor, start: int, end: int, told_BL: Tensor | None = None
@@ -58,12 +48,9 @@ class SettlingStudent(MappedStudent):
             told_BL: see `forward`.
         """
 
+    @abstractmethod
     def end(self, stop: int) -> int:
-        """Where the pass ends that is taken for the tokens before `stop`: the shortest learnt that reaches so far, or
-        without `full_depth` behind the AR step of the last of them."""
-        if not self.full_depth:
-            return self.reach(stop)
-        return next(end for end in (*self.starts, self.length) if end >= stop)
+        """Where the pass ends that is taken for the tokens before `stop`."""
 
     def forward(
         self,
@@ -117,11 +104,6 @@ class SettlingStudent(MappedStudent):
             return told_BL[:, tokens_N]
         with torch.no_grad():
             return self.tokens(sequence_BLC[:, tokens_N], logits_BNV, self.num_steps)
-
-
-def evenly(count: int, depth: int) -> list[int]:
-    """After how many of `depth` blocks each of `count` readings is made, the last after all."""
-    return [-(-(i + 1) * depth // count) for i in range(count)]
 
 
 class Mixer(nn.Module):

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ddecode.codebook import nearest_code
-from ddecode.settling_student import Mixer, Reading, SettlingStudent, evenly
+from ddecode.settling_student import Mixer, Reading, SettlingStudent
 from ddecode.shifted_student import known_tokens
 from ddecode.teacher import Teacher
 from ddecode.types import Backbone, SteppedBackbone, Tokenizer, step_ranges
@@ -38,9 +38,6 @@ class StaggeredStudent(SettlingStudent):
         joins: number of blocks that the positions of the last AR step leave out, 0 or one of `exits`. No other
             position reads them, and in VAR they are up to half of all. A pass over that step alone leaves out none:
             there it is the teacher's own.
-        full_depth: whether the AR steps of a pass that ends at a later start are spread evenly over all blocks, but for
-            the first of all, which keeps its exit. Such passes are learnt for themselves. Else they are read after
-            `exits`, as in a pass to the end.
         num_steps: evaluations of the map.
 
     Raises:
@@ -55,7 +52,6 @@ class StaggeredStudent(SettlingStudent):
         starts: tuple[int, ...],
         exits: tuple[int, ...],
         joins: int = 0,
-        full_depth: bool = False,
         num_steps: int = 16,
     ) -> None:
         if not isinstance(backbone, SteppedBackbone):
@@ -76,15 +72,11 @@ class StaggeredStudent(SettlingStudent):
         """First token and end of each AR step."""
         self.known = known_tokens(steps)
         """By input position behind the condition, the number of tokens it knows in the end."""
-        self.exits, self.joins, self.full_depth = exits, joins, full_depth
+        self.exits, self.joins = exits, joins
         self.check_starts(self.starts)
         self.token_maps = nn.ModuleList(nn.Linear(backbone.width, backbone.width, bias=False) for _ in exits[1:])
         self.mixer = nn.Identity() if len(set(exits)) == len(exits) else Mixer(backbone.width)
         """In front of the logits, where blocks are too few for that."""
-        if full_depth:
-            self.pass_embedding = nn.Embedding(len(self.passes), backbone.width)
-            """Tells positions behind the condition which of `passes` this is, since each has its tokens elsewhere in
-            its depth."""
 
     @property
     def stepped(self) -> SteppedBackbone:
@@ -98,19 +90,11 @@ class StaggeredStudent(SettlingStudent):
             raise ValueError(f"with exits each start must be the end of an AR step, got {wrong[0]}")
 
     def options(self) -> dict[str, Any]:
-        own = {"exits": self.exits, "joins": self.joins, "full_depth": self.full_depth}
-        return {"starts": self.starts, **own, "num_steps": self.num_steps}
+        return {"starts": self.starts, "exits": self.exits, "joins": self.joins, "num_steps": self.num_steps}
 
-    def exits_of(self, start: int, end: int) -> list[int]:
-        """For each AR step before `end`, the number of blocks after which it is read, or passed over where its tokens
-        are resolved."""
-        resolved, count = (sum(stop <= token for _, stop in self.ranges) for token in (start, end))
-        if not self.full_depth or end == self.length:
-            return list(self.exits[:count])
-        if resolved or count == 1:
-            return [0] * resolved + evenly(count - resolved, self.backbone.depth)
-        first = self.exits[0]
-        return [first, *(first + exit for exit in evenly(count - 1, self.backbone.depth - first))]
+    def end(self, stop: int) -> int:
+        """See `SettlingStudent.end`: of the AR step."""
+        return self.reach(stop)
 
     @torch.no_grad()
     def initialize_from(self, teacher: Teacher) -> None:
@@ -118,8 +102,6 @@ class StaggeredStudent(SettlingStudent):
         for token_map in self.token_maps:
             assert isinstance(token_map, nn.Linear)
             nn.init.eye_(token_map.weight)
-        if self.full_depth:
-            nn.init.zeros_(self.pass_embedding.weight)
 
     def walk(
         self, sequence_BLC: Tensor, labels_B: Tensor, start: int, end: int, told_BL: Tensor | None = None
@@ -133,8 +115,6 @@ class StaggeredStudent(SettlingStudent):
             if stop <= start:
                 ids_BN = nearest_code(sequence_BLC[:, begin:stop], self.codebook_VC)
                 inputs_BMD = add_last(inputs_BMD, backbone.added_inputs(ids_BN, step))
-        if self.full_depth and (start, end) in self.passes:  # others `predict` may make, which nobody trained
-            inputs_BMD = inputs_BMD + self.pass_embedding.weight[self.passes.index((start, end))]
 
         prefix = condition.prefix_BPD.shape[1]
         first = prefix + len(known_M) - self.length  # of hidden: where the first token is read off
@@ -142,7 +122,7 @@ class StaggeredStudent(SettlingStudent):
         joins = self.joins if end == self.length and start < self.ranges[-1][0] else 0
         now = there - backbone.steps[-1] if joins else there  # of these, how many are there yet
         hidden, done = torch.cat([condition.prefix_BPD, inputs_BMD[:, :now]], 1), 0
-        for step, ((begin, stop), exit) in enumerate(zip(self.ranges, self.exits_of(start, end), strict=False)):
+        for step, ((begin, stop), exit) in enumerate(zip(self.ranges, self.exits, strict=True)):
             if exit > joins and now < there:
                 hidden, now = torch.cat([hidden, inputs_BMD[:, now:there]], 1), there
             hidden = backbone.hidden(hidden, condition, blocks=range(done, exit))

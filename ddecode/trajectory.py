@@ -10,6 +10,9 @@ from ddecode.flow import FlowGrid, flow_grid, noise_to_tokens
 from ddecode.teacher import Pick, Recipe, Teacher
 from ddecode.types import Labels
 
+NUM_STEPS = 16
+"""Evaluations of the map, where nothing else is said."""
+
 
 def flow_pick(noise_BLC: Tensor, codebook_VC: Tensor, grid: FlowGrid) -> Pick:
     """A `pick` that sends each position's own noise through the noise-to-token map."""
@@ -21,6 +24,22 @@ def flow_pick(noise_BLC: Tensor, codebook_VC: Tensor, grid: FlowGrid) -> Pick:
     return pick
 
 
+class MappedTeacher(Teacher):
+    """A teacher whose tokens come from its noise by the map instead of at random: what its student is to learn.
+
+    Args:
+        teacher: shares all that it has.
+        num_steps: evaluations of the map at each position.
+    """
+
+    def __init__(self, teacher: Teacher, *, num_steps: int = NUM_STEPS) -> None:
+        vars(self).update(vars(teacher))
+        self.num_steps = num_steps
+
+    def pick(self, noise_BLC: Tensor) -> Pick:
+        return flow_pick(noise_BLC, self.codebook_VC, flow_grid(self.codebook_VC, self.num_steps))
+
+
 def resolve(
     teacher: Teacher,
     noise_BLC: Tensor,
@@ -29,7 +48,7 @@ def resolve(
     guidance_scale: float = 0.0,
     top_k: int = 0,
     top_p: float = 1.0,
-    num_steps: int = 16,
+    num_steps: int = NUM_STEPS,
 ) -> Tensor:
     """The token sequence that belongs to a noise sequence (DD1, arXiv 2412.17153, algorithm 1).
 

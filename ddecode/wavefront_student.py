@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ddecode.linear import Linear
-from ddecode.settling_student import Mixer, Reading, SettlingStudent, evenly
+from ddecode.settling_student import Mixer, Reading, SettlingStudent
 from ddecode.shifted_student import ShiftedStudent
 from ddecode.teacher import Teacher
 from ddecode.types import Backbone, Tokenizer
@@ -70,6 +70,12 @@ class WavefrontStudent(SettlingStudent, ShiftedStudent):
         self.mixer = Mixer(width)
         """In front of the logits."""
 
+    @property
+    def passes(self) -> list[tuple[int, int]]:
+        """See `Student.passes`: from each start to each later one and to the end."""
+        ends = [*self.starts[1:], self.length]
+        return [(start, end) for start in self.starts for end in ends if end > start]
+
     def options(self) -> dict[str, Any]:
         return {"starts": self.starts, "wavefront": self.wavefront, "num_steps": self.num_steps}
 
@@ -83,10 +89,14 @@ class WavefrontStudent(SettlingStudent, ShiftedStudent):
         for token in range(start, end):
             row, column = divmod(token, self.side)
             diagonals.setdefault(column + self.wavefront * row, []).append(token)
-        ordered = [diagonals[place] for place in sorted(diagonals)]
-        early = 1 if start == 0 else 0
-        exits = [0] * early + evenly(len(ordered) - early, self.backbone.depth)
-        return list(zip(ordered, exits, strict=True))
+        ordered, depth = [diagonals[place] for place in sorted(diagonals)], self.backbone.depth
+        early, late = (ordered[:1], ordered[1:]) if start == 0 else ([], ordered)
+        spread = [(tokens, -(-(i + 1) * depth // len(late))) for i, tokens in enumerate(late)]
+        return [(tokens, 0) for tokens in early] + spread
+
+    def end(self, stop: int) -> int:
+        """See `SettlingStudent.end`: of the shortest pass that training knew and that reaches so far."""
+        return next(end for end in (*self.starts, self.length) if end >= stop)
 
     @torch.no_grad()
     def initialize_from(self, teacher: Teacher) -> None:

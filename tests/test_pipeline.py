@@ -26,6 +26,7 @@ from ddecode.mapped_student import MappedStudent
 from ddecode.pipeline import DistilledPipeline
 from ddecode.plan import parse_plan
 from ddecode.teacher import Recipe, Teacher
+from ddecode.trajectory import resolve
 
 
 def test_the_same_images_in_every_form(pipe: DistilledPipeline) -> None:
@@ -98,6 +99,28 @@ def test_step_numbers_are_short_for_plans(pipe: DistilledPipeline) -> None:
     assert torch.equal(images(num_inference_steps=2), images(plan=pipe.plan(2)))
     assert pipe([2], num_inference_steps=2).network_evaluations == 2
     assert pipe([2], plan="student:0-4,teacher:4-9,teacher:9-16").network_evaluations == 13
+
+
+def test_the_teacher_through_its_map_is_what_pairs_hold() -> None:
+    pipe = make_pipeline()
+    labels, noise = [0, 3, 1], torch.stack([torch.randn(L, C, generator=seeded(i)) for i in range(3)])
+    generators = [seeded(i) for i in range(3)]
+    ids = resolve(pipe.teacher, noise, labels, **vars(pipe.recipe))
+    codes = torch.nn.functional.embedding(ids, pipe.student.codebook_VC)
+
+    def emitted(plan: str) -> torch.Tensor:
+        return pipe(labels, plan=plan, generator=[seeded(i) for i in range(3)], output_type="latent").images
+
+    assert torch.equal(emitted("map:0-16"), codes)
+    assert torch.equal(emitted("map:0-5,map:5-16"), codes), "each span goes on with its own noise"
+    behind = emitted("student:0-5,map:5-16")
+    assert torch.equal(behind[:, :5], emitted("student:0-16")[:, :5]) and not torch.equal(behind, codes)
+    assert pipe(labels, plan="map:0-16", generator=generators).network_evaluations == 16
+    alone = DistilledPipeline(tokenizer=pipe.tokenizer, student=pipe.student)
+    with pytest.raises(ValueError, match="map"):
+        alone(labels, plan="map:0-16")
+    with pytest.raises(ValueError, match="plans mean another model by 'map'"):
+        DistilledPipeline(tokenizer=pipe.tokenizer, student=pipe.student, others={"map": pipe.teacher})
 
 
 def test_teacher_spans_follow_the_recipe() -> None:
@@ -186,7 +209,7 @@ def test_to_disk_and_back(pipe: DistilledPipeline, model: Path) -> None:
 def test_a_model_may_have_a_teacher_alone(pipe: DistilledPipeline, tmp_path: Path) -> None:
     alone = DistilledPipeline(tokenizer=pipe.tokenizer, teacher=pipe.teacher)
     again = DistilledPipeline.from_pretrained(save_tiny(tmp_path / "teacher", alone))
-    assert again.student is None and list(again.models) == ["teacher", "skip"]
+    assert again.student is None and list(again.models) == ["teacher", "map", "skip"]
     assert again([0], num_inference_steps="teacher", output_type="np").images.shape == (1, 8, 8, 3)
 
 

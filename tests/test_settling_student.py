@@ -42,11 +42,9 @@ LABELS = torch.tensor([0, 1, 2])
 Make = Callable[[Teacher], SettlingStudent]
 
 
-def staggered(
-    exits: tuple[int, ...] = (0, 1, 2), joins: int = 0, *, full_depth: bool = False, starts: tuple[int, ...] = (0, 5)
-) -> tuple[Teacher, Make]:
+def staggered(exits: tuple[int, ...] = (0, 1, 2), joins: int = 0) -> tuple[Teacher, Make]:
     teacher = make_var_teacher(recipe=Recipe(), depth=exits[-1])
-    return teacher, partial(make_staggered_student, exits=exits, joins=joins, full_depth=full_depth, starts=starts)
+    return teacher, partial(make_staggered_student, exits=exits, joins=joins)
 
 
 def wavefront(slope: int) -> tuple[Teacher, Make]:
@@ -59,10 +57,6 @@ KINDS = {
     "staggered, the last step joins": lambda: staggered(exits=(1, 2, 3), joins=1),
     "staggered, two steps after one block": lambda: staggered(exits=(1, 1, 2)),
     "staggered, both": lambda: staggered(exits=(1, 2, 2), joins=1),
-    "staggered, full depth": lambda: staggered(full_depth=True),
-    "staggered, full depth, three starts": lambda: staggered(
-        exits=(1, 2, 3), joins=1, full_depth=True, starts=(0, 1, 5)
-    ),
     "wavefront of slope 1": lambda: wavefront(1),
     "wavefront of slope 2": lambda: wavefront(2),
     "wavefront of slope 4": lambda: wavefront(4),
@@ -158,9 +152,8 @@ def test_training_reaches_every_weight_and_regresses_along_the_pairs_tokens(
     torch.stack(losses).sum().backward()
     for name, parameter in student.named_parameters():
         assert parameter.grad is not None and parameter.grad.abs().max() > 0, name
-    objective = StudentObjective(student, ObjectiveConfig())
-    own = [objective(noise, ids, LABELS, generator=seeded(seed))[0].item() for seed in range(6)]
-    assert own != pytest.approx([loss.item() for loss in losses], rel=1e-3), "was told"
+    own, _ = StudentObjective(student, ObjectiveConfig())(noise, ids, LABELS, generator=seeded(0))
+    assert own.item() != pytest.approx(losses[0].item(), rel=1e-3), "was told"
 
 
 @pytest.mark.parametrize(
@@ -170,13 +163,7 @@ def test_training_reaches_every_weight_and_regresses_along_the_pairs_tokens(
             make_var_teacher,
             StaggeredStudent,
             {"starts": [0, 5], "exits": [0, 1, 2], "joins": 1},
-            {"starts": (0, 5), "exits": (0, 1, 2), "joins": 1, "full_depth": False, "num_steps": 6},
-        ),
-        (
-            make_var_teacher,
-            StaggeredStudent,
-            {"starts": [0, 5], "exits": [0, 1, 2], "full_depth": True},
-            {"starts": (0, 5), "exits": (0, 1, 2), "joins": 0, "full_depth": True, "num_steps": 6},
+            {"starts": (0, 5), "exits": (0, 1, 2), "joins": 1, "num_steps": 6},
         ),
         (
             make_teacher,

@@ -1,6 +1,5 @@
 """Students whose AR steps leave the network one behind the other: an auto-regressive model of their own."""
 
-import json
 from pathlib import Path
 
 import pytest
@@ -14,19 +13,12 @@ from tiny import (
     make_var_teacher,
     random_ids,
     random_noise,
-    save_tiny,
     write_yaml,
 )
 from torch.nn import functional as F
 
-from ddecode.checkpoint import ModelFolder
-from ddecode.codebook import nearest_code
 from ddecode.config import DistillConfig, read_config
-from ddecode.distillation import make_student
-from ddecode.pipeline import DistilledPipeline
-from ddecode.staggered_student import StaggeredStudent
-from ddecode.teacher import Recipe, Teacher
-from ddecode.trajectory import resolve
+from ddecode.teacher import Teacher
 from third_party_loaders import llamagen
 
 LABELS = torch.tensor([0, 1, 2])
@@ -59,56 +51,6 @@ def test_a_pass_that_ends_earlier_gives_the_same_tokens(exits: tuple[int, ...], 
     for stop in range(1, LENGTH):
         part = student.emit(noise, LABELS, 0, stop)
         torch.testing.assert_close(part, emitted[:, :stop], atol=1e-5, rtol=1e-5)
-
-
-def test_passes_of_full_depth_have_all_blocks_for_their_ar_steps() -> None:
-    teacher, options = make_var_teacher(depth=4), {"exits": (0, 1, 4), "starts": (0, 1, 5)}
-    beginnings, full = (make_staggered_student(teacher, **options, full_depth=f) for f in (False, True))
-    to_the_end, early = [(0, LENGTH), (1, LENGTH), (5, LENGTH)], [(0, 1), (0, 5), (1, 5)]
-    assert beginnings.passes == to_the_end and full.passes == to_the_end + early
-    for start, end in to_the_end:
-        assert beginnings.exits_of(start, end) == full.exits_of(start, end) == [0, 1, 4]
-    assert [beginnings.exits_of(*p) for p in early] == [[0], [0, 1], [0, 1]]
-    assert [full.exits_of(*p) for p in early] == [[4], [0, 4], [0, 4]]
-    assert [full.end(stop) for stop in (1, 2, 5, 6, LENGTH)] == [1, 5, 5, LENGTH, LENGTH]
-
-
-def test_the_last_ar_step_of_a_pass_of_full_depth_is_the_teachers_own() -> None:
-    teacher = make_var_teacher(recipe=Recipe())
-    noise = random_noise(LENGTH)
-    ids = resolve(teacher, noise, LABELS, num_steps=8)
-    sequence = torch.cat([teacher.codebook_VC[ids[:, :1]], noise[:, 1:]], 1)
-    for full_depth in (False, True):
-        student = make_staggered_student(teacher, starts=(0, 1, 5), full_depth=full_depth)
-        student.initialize_from(teacher)
-        emitted = student.emit(sequence, LABELS, 1, 5)
-        assert torch.equal(nearest_code(emitted, teacher.codebook_VC), ids[:, 1:5]) == full_depth
-
-
-def test_passes_of_full_depth_go_on_from_a_student_without(tmp_path: Path) -> None:
-    teacher = make_var_teacher()
-    student = make_staggered_student(teacher)
-    pipe = DistilledPipeline(tokenizer=teacher.tokenizer, teacher=teacher, student=student)
-    saved = str(save_tiny(tmp_path / "model", pipe))
-    shape = {"starts": [0, 5], "exits": [0, 1, 2], "full_depth": True, "initial": saved}
-    tree = distill_recipe(saved) | {"student": shape, "objective": {"teacher_forcing": True}}
-    config = read_config(write_yaml(tmp_path / "recipe.yaml", tree), DistillConfig)
-    begun = make_student(ModelFolder.open(saved), teacher, config)
-    assert isinstance(begun, StaggeredStudent) and begun.full_depth
-    noise, ids = random_noise(LENGTH), random_ids(LENGTH)
-    logits = (one(noise, LABELS, all_at(0), told_BL=ids).logits_BLV for one in (begun, student))
-    torch.testing.assert_close(*logits)
-
-
-def test_a_student_saved_before_passes_had_full_depth_is_read(tmp_path: Path) -> None:
-    teacher = make_var_teacher()
-    pipe = DistilledPipeline(tokenizer=teacher.tokenizer, teacher=teacher, student=make_staggered_student(teacher))
-    folder = save_tiny(tmp_path / "model", pipe)
-    config = json.loads((folder / "config.json").read_text())
-    assert config["student"].pop("full_depth") is False
-    (folder / "config.json").write_text(json.dumps(config))
-    student = ModelFolder.open(str(folder)).student()
-    assert isinstance(student, StaggeredStudent) and not student.full_depth
 
 
 @pytest.mark.parametrize("exits", [(0, 1, 2), (0, 0, 2), (1, 1, 2), (0, 2, 2), (2, 2, 2)])
@@ -167,8 +109,6 @@ def test_a_backbone_that_cannot_read_step_by_step_is_refused() -> None:
         ({"exits": [0, 1, 2]}, {"teacher_forcing": True, "score": {"weight": 1.0}}, "leaves nothing emitted"),
         ({"exits": [0, 1, 2]}, {"teacher_forcing": True, "fresh_noise": True}, "reads no noise: leave"),
         ({"exits": [0, 1, 2], "drafts": [1]}, {}, "five kinds: give one"),
-        ({"full_depth": True}, {}, "student.full_depth is of a student with student.exits"),
-        ({"starts": [0], "exits": [0, 1, 2], "full_depth": True}, {}, "and a second of student.starts"),
         ({"starts": [0], "exits": [0, 1, 2]}, {"own_prefix": 0.5, "energy": 1.0}, "student.starts has one"),
     ],
 )

@@ -56,7 +56,7 @@ def test_diagonals_hold_each_token_once_and_go_evenly_through_the_depth(
 def test_a_first_pass_is_the_one_that_training_showed(teacher: Teacher) -> None:
     """The tokens before the second start have all of the depth to themselves, whoever asks for some of them."""
     student, noise = make_wavefront_student(teacher), random_noise(L)
-    assert student.passes == [(0, L), (8, L), (0, 8)]
+    assert student.passes == [(0, 8), (0, L), (8, L)]
     emitted = student.emit(noise, LABELS, 0, 8)
     logits = student(noise, LABELS, all_at(0), stop_B=all_at(8)).logits_BLV[:, :8]
     own = student.tokens(noise[:, :8], logits, student.num_steps)

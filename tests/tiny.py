@@ -105,13 +105,12 @@ def make_staggered_student(
     starts: tuple[int, ...] = (0, 5),
     exits: tuple[int, ...] = (0, 1, 2),
     joins: int = 0,
-    full_depth: bool = False,
 ) -> StaggeredStudent:
     """Of VAR."""
     with torch.random.fork_rng():
         student = var.build_student(
             var.student_config(teacher, None, shifted=True), teacher.tokenizer, None,
-            starts=starts, exits=exits, joins=joins, full_depth=full_depth, num_steps=8,
+            starts=starts, exits=exits, joins=joins, num_steps=8,
         )  # fmt: skip
     scramble_var(student, seed + 2)
     assert isinstance(student, StaggeredStudent)
