@@ -94,6 +94,17 @@ def check_finite(name: str, value: Any) -> None:
         raise ValueError(f"{name} must be a finite number, got {shown(value)}")
 
 
+def check_logits(logits: Tensor) -> Tensor:
+    """What a network says of tokens, as it is: a token would be chosen from anything.
+
+    Raises:
+        ValueError: it is not finite.
+    """
+    if not logits.amax(-1).sum().isfinite():
+        raise ValueError("the network's logits are not finite: its weights are damaged, or its precision overflows")
+    return logits
+
+
 def check_sizes(config: Any) -> None:
     """Whether the sizes of a network, a dataclass of ints and tuples of them, are ones that somebody would build.
 

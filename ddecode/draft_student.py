@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ddecode.arguments import check_logits
 from ddecode.mapped_student import MappedStudent
 from ddecode.shifted_student import ShiftedStudent
 from ddecode.teacher import Teacher
@@ -73,7 +74,7 @@ class DraftStudent(MappedStudent, ShiftedStudent):
     def emit(self, sequence_BLC: Tensor, labels_B: Tensor, start: int, stop: int) -> Tensor:
         """The map's codes; logits and map only of the positions asked for."""
         start_B = torch.full((len(sequence_BLC),), start, device=self.device)
-        logits_BNV = self.stages(sequence_BLC, labels_B, start_B, range(start, stop))[-1]
+        logits_BNV = check_logits(self.stages(sequence_BLC, labels_B, start_B, range(start, stop))[-1])
         return F.embedding(self.tokens(sequence_BLC[:, start:stop], logits_BNV, self.num_steps), self.codebook_VC)
 
     @torch.no_grad()

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ddecode.arguments import check_logits
 from ddecode.linear import Linear
 from ddecode.mapped_student import MappedStudent
 from ddecode.processes import any_of_all, world
@@ -94,6 +95,7 @@ class SettlingStudent(MappedStudent):
     def emit(self, sequence_BLC: Tensor, labels_B: Tensor, start: int, stop: int) -> Tensor:
         """The map's codes."""
         read = list(self.walk(sequence_BLC, labels_B, start, self.end(stop)))
+        check_logits(read[-1].logits_BNV)  # what overflows before goes through all that follows
         order = torch.cat([reading.tokens_N for reading in read]).argsort()
         ids_BN = torch.cat([reading.ids_BN for reading in read], 1)[:, order]
         return F.embedding(ids_BN[:, : stop - start], self.codebook_VC)

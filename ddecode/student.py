@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ddecode.arguments import INTEGERS, MOST, check_labels, check_vectors, check_whole, shown
+from ddecode.arguments import INTEGERS, MOST, check_labels, check_logits, check_vectors, check_whole, shown
 from ddecode.teacher import Teacher
 from ddecode.typed import build
 from ddecode.types import Backbone, Condition, Labels, Prediction, Tokenizer
@@ -102,7 +102,11 @@ class Student(nn.Module, ABC):
     @abstractmethod
     def emit(self, sequence_BLC: Tensor, labels_B: Tensor, start: int, stop: int) -> Tensor:
         """What sampling keeps of one pass, [B,stop-start,C], without gradients. Positions that no kept one reads are
-        left out of the pass, so that a first pass of which little is kept costs little."""
+        left out of the pass, so that a first pass of which little is kept costs little.
+
+        Raises:
+            ValueError: the network overflows, so that its logits say nothing.
+        """
 
     def check_starts(self, starts: Iterable[int]) -> None:
         """
@@ -235,7 +239,7 @@ class DD1Student(Student):
         border = min(max(self.split, start), stop)
         parts = []
         if start < border:
-            ids = self.backbone.logits(hidden_BLD[:, start:border], condition).argmax(-1)
+            ids = check_logits(self.backbone.logits(hidden_BLD[:, start:border], condition)).argmax(-1)
             parts.append(F.embedding(ids, self.codebook_VC))
         if border < stop:
             parts.append(self.embeddings(hidden_BLD[:, border:stop], condition))

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ddecode.arguments import check_finite, check_ids, check_kind, check_labels, check_whole, shown
+from ddecode.arguments import check_finite, check_ids, check_kind, check_labels, check_logits, check_whole, shown
 from ddecode.types import Backbone, Condition, Generators, Labels, Tokenizer
 
 Pick = Callable[[Tensor, int], Tensor]
@@ -125,7 +125,8 @@ def inverse_cdf(uniforms_BL: Tensor) -> Pick:
         cumulative = log_probs_BNV.exp().cumsum(-1)
         u = uniforms_BL[:, start : start + log_probs_BNV.shape[1], None].to(cumulative.device)
         # just below the total, so that rounding can never reach past the last code of positive mass
-        return torch.searchsorted(cumulative, u * cumulative[..., -1:] * (1 - 1e-6), right=True)[..., 0]
+        ids_BN = torch.searchsorted(cumulative, u * cumulative[..., -1:] * (1 - 1e-6), right=True)[..., 0]
+        return ids_BN.clamp_max(log_probs_BNV.shape[-1] - 1)  # where they are no numbers, of which the walk will tell
 
     return pick
 
@@ -318,8 +319,11 @@ class Teacher:
 
         Returns:
             ids int64 [B,stop], the resolved ones included.
+
+        Raises:
+            ValueError: the network overflows, so that its logits say nothing.
         """
-        backbone = self.backbone
+        backbone, largest_N = self.backbone, [torch.zeros(1, device=self.device)]
         begin = 0 if resolved_BN is None else resolved_BN.shape[1]
         first, last = self.step_at(begin), self.step_at(self.length if stop is None else stop)
         condition, weights = self.guided(labels, recipe)
@@ -329,10 +333,13 @@ class Teacher:
             if weights:
                 logits = guide(logits, weights[step])
             log_probs = filter_log_probs(logits, temperature=temperature, top_k=recipe.top_k, top_p=recipe.top_p)
+            largest_N.append(log_probs.flatten().max(0, keepdim=True).values)  # not a number where any is none
             return pick(log_probs, start)
 
         steps, copies = range(first, last), 2 if weights else 1
-        return unroll(backbone, condition, read, steps=steps, copies=copies, resolved_BN=resolved_BN)
+        ids = unroll(backbone, condition, read, steps=steps, copies=copies, resolved_BN=resolved_BN)
+        check_logits(torch.stack(largest_N))  # at once, for a look at each would hold up the device
+        return ids
 
     def step_at(self, position: int) -> int:
         """The AR step that begins at a token position; L gives the number of steps.

@@ -13,10 +13,12 @@ from tiny import (
     L,
     make_draft_student,
     make_pipeline,
+    make_staggered_student,
     make_student,
     make_teacher,
     make_var_student,
     make_var_teacher,
+    make_wavefront_student,
     save_tiny,
     seeded,
 )
@@ -86,6 +88,24 @@ def test_without_generator_torchs_own_serves(pipe: DistilledPipeline) -> None:
         torch.manual_seed(3)
         images = pipe([0, 1], output_type="latent").images
     assert torch.equal(images, pipe([0, 1], generator=seeded(3), output_type="latent").images)
+
+
+@pytest.mark.parametrize("kind", ["split", "drafts", "exits", "wavefront"])
+def test_a_network_that_overflows_gives_no_picture(kind: str) -> None:
+    teacher = make_var_teacher() if kind == "exits" else make_teacher()
+    made = {
+        "split": make_student, "drafts": make_draft_student, "exits": make_staggered_student,
+        "wavefront": make_wavefront_student,
+    }[kind](teacher)  # fmt: skip
+    pipe = DistilledPipeline(tokenizer=teacher.tokenizer, teacher=teacher, student=made)
+    plans = [f"student:0-{pipe.length}", f"teacher:0-{pipe.length}", f"map:0-{pipe.length}"]
+    for plan in plans:
+        pipe([0, 1], plan=plan)
+    for network in (made.backbone, teacher.backbone):
+        next(parameter for parameter in network.parameters() if parameter.dim() == 2).data.fill_(torch.nan)
+    for plan in plans:
+        with pytest.raises(ValueError, match="logits are not finite: its weights are damaged"):
+            pipe([0, 1], plan=plan)
 
 
 def test_step_numbers_are_short_for_plans(pipe: DistilledPipeline) -> None:
