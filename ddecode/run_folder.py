@@ -154,10 +154,10 @@ def differences(theirs: Mapping[str, Any], ours: Mapping[str, Any], where: str =
     """What two trees of plain data differ in, each as `key (value, not value)`."""
     found: list[str] = []
     for key in sorted({*theirs, *ours}):
-        values = [tree.get(key) for tree in (theirs, ours)]
-        if all(isinstance(value, dict) for value in values):
-            found += differences(*values, f"{where}{key}.")
-        elif values[0] != values[1] or (key in theirs) != (key in ours):
+        before, now = theirs.get(key), ours.get(key)
+        if isinstance(before, dict) and isinstance(now, dict):
+            found += differences(before, now, f"{where}{key}.")
+        elif before != now or (key in theirs) != (key in ours):
             a, b = (shown(tree[key]) if key in tree else "left out" for tree in (theirs, ours))
             found.append(f"{where}{key} ({a}, not {b})")
     return found
