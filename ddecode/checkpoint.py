@@ -307,7 +307,7 @@ class ModelFolder:
         """Tells teachers apart: the hash of weights and sizes of tokenizer and teacher, 16 hex digits. The same weights
         with other heads, say, give other tokens."""
         sizes = [chosen(self.tokenizer_sizes()), chosen(self.backbone_sizes("teacher"))]
-        told = json.dumps([self.weights_hash("tokenizer", "teacher"), *sizes])
+        told = json.dumps([self.weights_hash("tokenizer", "teacher"), *sizes], default=str)
         return hashlib.sha256(told.encode()).hexdigest()[:16]
 
     def model_hash(self) -> str:

@@ -204,10 +204,10 @@ def as_dict(config: Any) -> dict[str, Any]:
 def chosen(config: Any) -> dict[str, Any]:
     """The same without what is at its default, so that it does not change where later versions know more keys."""
     tree: dict[str, Any] = {}
-    for field_ in dataclasses.fields(config):
-        value, made = getattr(config, field_.name), field_.default_factory
-        if value != (field_.default if made is dataclasses.MISSING else made()):
-            tree[field_.name] = chosen(value) if dataclasses.is_dataclass(value) else value
+    for entry in dataclasses.fields(config):
+        value, made = getattr(config, entry.name), entry.default_factory
+        if value != (entry.default if made is dataclasses.MISSING else made()):
+            tree[entry.name] = chosen(value) if dataclasses.is_dataclass(value) else value
     return tree
 
 

@@ -84,7 +84,7 @@ def recipe_of(teacher: Teacher | None, others: Mapping[str, Model]) -> Recipe:
     teachers = {"teacher": teacher} if teacher is not None else others
     recipes = {name: model.recipe for name, model in teachers.items() if isinstance(model, Teacher)}
     if len(set(recipes.values())) > 1:
-        raise ValueError(f"{', '.join(recipes)} are sampled differently: say by recipe= how they are to be here")
+        raise ValueError(f"{', '.join(recipes)} are sampled differently: give DistilledPipeline a recipe for all")
     return next(iter(recipes.values()), Recipe())
 
 

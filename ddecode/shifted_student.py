@@ -77,7 +77,7 @@ class ShiftedStudent(Student):
         return tokens_BMD + self.noise_inputs(noise_BMC, resolved_BM) + self.indicator(resolved_BM.long())
 
     def noise_inputs(self, noise_BMC: Tensor, resolved_BM: Tensor) -> Tensor:
-        """What positions read of noise, [B,M,D]; `resolved_BM` where nothing before them is any."""
+        """What positions read of noise, [B,M,D]; `resolved_BM` is where all before them is tokens."""
         return self.noise_map(noise_BMC)
 
 

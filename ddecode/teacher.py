@@ -97,7 +97,8 @@ def per_sample_generators(generator: Generators, batch: int) -> list[torch.Gener
     Raises:
         ValueError: a list of another length, of something else, or of another device than the CPU.
     """
-    each = list(generator) if isinstance(generator, Sequence) else [generator or torch.default_generator] * batch
+    one = torch.default_generator if generator is None else generator
+    each = list(one) if isinstance(one, Sequence) else [one] * batch
     if not all(isinstance(g, torch.Generator) for g in each):
         raise ValueError("generator must be one torch.Generator, a list of them, or None")
     if not all(g.device.type == "cpu" for g in each):

@@ -197,7 +197,7 @@ def test_teachers_among_others_are_sampled_as_they_are_where_there_is_no_own() -
         )
         assert torch.equal(*images)
     others = {"big": teacher, "small": make_teacher(recipe=Recipe())}
-    with pytest.raises(ValueError, match="big, small are sampled differently: say by recipe="):
+    with pytest.raises(ValueError, match="big, small are sampled differently: give DistilledPipeline a recipe for all"):
         DistilledPipeline(tokenizer=teacher.tokenizer, student=student, others=others)
     DistilledPipeline(tokenizer=teacher.tokenizer, student=student, others=others, recipe=Recipe())
 
