@@ -306,8 +306,8 @@ class ModelFolder:
     def teacher_hash(self) -> str:
         """Tells teachers apart: the hash of weights and sizes of tokenizer and teacher, 16 hex digits. The same weights
         with other heads, say, give other tokens."""
-        sizes = [chosen(self.tokenizer_sizes()), chosen(self.backbone_sizes("teacher"))]
-        told = json.dumps([self.weights_hash("tokenizer", "teacher"), *sizes], default=str)
+        sizes = [self.backbone_sizes("teacher"), *([self.tokenizer_sizes()] if self.has("tokenizer") else [])]
+        told = json.dumps([self.weights_hash("tokenizer", "teacher"), *map(chosen, sizes)], default=str)
         return hashlib.sha256(told.encode()).hexdigest()[:16]
 
     def model_hash(self) -> str:

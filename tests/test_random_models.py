@@ -44,10 +44,10 @@ def measure(*arguments: str) -> None:
 
 def test_only_what_plans_name_is_built() -> None:
     assert models_asked(["teacher", 1, "small:0-4,light:4-16"]) == {"student", "small", "light"}
-    assert set(random_pipeline("tiny-l", ["teacher"]).models) == {"teacher", "skip"}
+    assert set(random_pipeline("tiny-l", ["teacher"]).models) == {"teacher", "map", "skip"}
     pipe = random_pipeline("tiny-l", [1, "small:0-4,light:5-16"])
-    assert set(pipe.models) == {"student", "teacher", "small", "light", "skip"}
-    depths = {name: model.backbone.depth for name, model in pipe.models.items() if name != "skip"}
+    assert set(pipe.models) == {"student", "teacher", "map", "small", "light", "skip"}
+    depths = {name: model.backbone.depth for name, model in pipe.models.items() if name not in ("map", "skip")}
     assert depths == {"student": 4, "teacher": 4, "small": 2, "light": 2}
     assert random_pipeline("tiny-l", ["light:0-16"], layers=3).models["light"].backbone.depth == 3
 

@@ -59,14 +59,14 @@ def test_skipping_emits_nothing_at_no_cost(pipe: DistilledPipeline) -> None:
 def test_a_pipeline_takes_others_of_the_same_codes_only(pipe: DistilledPipeline, small: Teacher) -> None:
     alone = {"tokenizer": pipe.tokenizer, "teacher": pipe.teacher}
     mixed = DistilledPipeline(**alone, others={"small": small, "light": make_student(pipe.teacher, depth=1)})
-    assert list(mixed.models) == ["teacher", "small", "light", "skip"]
+    assert list(mixed.models) == ["teacher", "map", "small", "light", "skip"]
     assert mixed([0], plan="light:0-16,small:4-9,teacher:9-16", output_type="np").network_evaluations == 1 + 5 + 7
     with pytest.raises(ValueError, match="stranger has another codebook"):
         DistilledPipeline(**alone, others={"stranger": make_teacher(seed=9)})
-    for name in ("teacher", "student", "skip"):
+    for name in ("teacher", "student", "map", "skip"):
         with pytest.raises(ValueError, match=name):
             DistilledPipeline(**alone, others={name: small})
-    with pytest.raises(ValueError, match="no model 'medium'; there are teacher, small, light, skip"):
+    with pytest.raises(ValueError, match="no model 'medium'; there are teacher, map, small, light, skip"):
         mixed.plan(plan="medium:0-16")
     with pytest.raises(ValueError, match="the plan is for 16 tokens, long has 17"):
         DistilledPipeline(**alone, others={"long": Skip(length=L + 1)}).plan(plan="teacher:0-4,long:4-16")
@@ -78,7 +78,7 @@ def test_a_folder_may_name_other_models(pipe: DistilledPipeline, tmp_path: Path)
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps(config | {"others": {"small": str(small)}}))
     again = DistilledPipeline.from_pretrained(model)
-    assert list(again.models) == ["student", "teacher", "small", "skip"]
+    assert list(again.models) == ["student", "teacher", "map", "small", "skip"]
     a, b = (
         again([0, 1], plan=plan, generator=seeded(2), output_type="latent").images
         for plan in ("small:0-16", "teacher:0-16")
