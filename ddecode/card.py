@@ -187,5 +187,7 @@ def metrics(result: Mapping[str, Any], model: ModelFolder) -> str:
 
 def whose(result: Mapping[str, Any], model: ModelFolder) -> str:
     """A sentence for figures of other weights than this folder's, be they others or the same before rounding."""
-    ours, theirs = model.model_hash(), result.get("model_hash")
-    return "" if theirs in (None, ours) else f" Measured on weights `{theirs}`; those of this folder are `{ours}`."
+    theirs = result.get("model_hash")
+    if theirs is None or theirs == (ours := model.model_hash()):
+        return ""
+    return f" Measured on weights `{theirs}`; those of this folder are `{ours}`."

@@ -30,7 +30,7 @@ from ddecode.previews import Preview
 from ddecode.processes import launch, meet, rank
 from ddecode.randomness import fresh_weights
 from ddecode.reporters import check_reporters
-from ddecode.run_folder import CRITICS, EMA, Checkpoint, check_new, sha256
+from ddecode.run_folder import CRITICS, EMA, Checkpoint, check_new, found_checkpoint, sha256
 from ddecode.student import Student
 from ddecode.teacher import Teacher
 from ddecode.training import Samples, train
@@ -252,7 +252,8 @@ def distill_alone(config: DistillConfig, pairs_folder: Path, run: Path, *, resum
     """`distill`, where no other run is at work."""
     check_new(run, resume=resume)
     folder = ModelFolder.open(config.teacher)
-    pairs = Pairs(pairs_folder, teacher_hash=folder.teacher_hash(), num=pairs_begun_with(run) if resume else None)
+    teacher_hash = folder.teacher_hash()
+    pairs = Pairs(pairs_folder, teacher_hash=teacher_hash, num=pairs_begun_with(run) if resume else None)
     made_with, told = pairs.manifest.num_steps, config.pairs.num_steps
     if config.student.drafts is not None and made_with != told:
         raise ValueError(
@@ -270,7 +271,7 @@ def distill_alone(config: DistillConfig, pairs_folder: Path, run: Path, *, resum
     initial = initial_model(config)
     identity: dict[str, object] = {
         "config": chosen(config),
-        "teacher": folder.teacher_hash(),
+        "teacher": teacher_hash,
         "initial": None if initial is None else initial.weights_hash("student"),
         "pairs": len(pairs),
     }
@@ -329,12 +330,9 @@ def distill_alone(config: DistillConfig, pairs_folder: Path, run: Path, *, resum
 def pairs_begun_with(run: Path) -> int | None:
     """The number of pairs that a run goes on with, though there may be more by now; None: it has not begun."""
     for stage in (run, run / "tuning"):
-        checkpoint = Checkpoint(stage)
-        if rank() == 0:
-            checkpoint.restore()
-        meet()
+        checkpoint = found_checkpoint(stage)
         if checkpoint.exists():
-            return checkpoint.identity().get("pairs")
+            return checkpoint.state()["identity"].get("pairs")
     return None
 
 

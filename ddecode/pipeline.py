@@ -25,9 +25,10 @@ from ddecode.images import OUTPUT_TYPES, OutputType, to_output
 from ddecode.members import check_members, check_places, named_models, recipe_of
 from ddecode.plan import Plan, parse_plan, student_plan
 from ddecode.precision import autocast, cast, check_device, check_dtype, decoder, dtype_of, network
+from ddecode.randomness import draw_noise, draw_uniforms
 from ddecode.sampling import AfterPass, Model, Progress, check_models, execute, passes
 from ddecode.student import Student
-from ddecode.teacher import Recipe, Teacher, batch_size, draw_noise, draw_uniforms, per_sample_generators
+from ddecode.teacher import Recipe, Teacher, batch_size
 from ddecode.types import Generators, Labels, Tokenizer
 
 Steps = int | Literal["teacher"]
@@ -370,13 +371,12 @@ class DistilledPipeline:
     ) -> Progress:
         """Run a plan up to the token embeddings, without a bar; see `ddecode.sampling.execute`."""
         check_kind("a plan", plan, Plan)
-        models = self.models
-        check_places(plan, models)
+        check_places(plan, models := self.models)
         code_width, device = self.any_model.codebook_VC.shape[1], self.any_model.device
         labels = check_labels(class_labels, None, self.num_classes, device)
         batch = batch_size(labels)
         noise_BLC = draw_noise(generator, batch, (self.length, code_width))
-        uniforms_BL = draw_uniforms(per_sample_generators(generator, batch), self.length)
+        uniforms_BL = draw_uniforms(generator, batch, self.length)
         with self.precision():
             return execute(
                 plan,

@@ -7,6 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ddecode.types import Generators
+
 
 def derived_seed(*parts: int) -> int:
     """A 63-bit seed that depends on all parts (non-negative ints) but zeros at the end, and on nothing else."""
@@ -29,6 +31,35 @@ def sample_seed(seed: int, index: int) -> int:
 def sample_generators(seed: int, indices: range | list[int]) -> list[torch.Generator]:
     """One generator for each sample of a set drawn with `seed`."""
     return [torch.Generator().manual_seed(sample_seed(seed, i)) for i in indices]
+
+
+def per_sample_generators(generator: Generators, batch: int) -> list[torch.Generator]:
+    """One generator for each sample: a list is taken as it is, a single one (None: torch's own) serves them in turn.
+
+    Raises:
+        ValueError: a list of another length, of something else, or of another device than the CPU.
+    """
+    one = torch.default_generator if generator is None else generator
+    each = list(one) if isinstance(one, Sequence) else [one] * batch
+    if not all(isinstance(g, torch.Generator) for g in each):
+        raise ValueError("generator must be one torch.Generator, a list of them, or None")
+    if not all(g.device.type == "cpu" for g in each):
+        raise ValueError("noise is drawn on the CPU, the same for all devices: give torch.Generator() without a device")
+    if len(each) != batch:
+        raise ValueError(f"{len(each)} generators for {batch} samples: give one, or one each")
+    return each
+
+
+def draw_noise(generator: Generators, batch: int, shape: tuple[int, int]) -> Tensor:
+    """Standard normal fp32 [B,L,C] on the CPU, drawn sample by sample: that of image i never depends on the batch."""
+    each = per_sample_generators(generator, batch)
+    return torch.stack([torch.randn(shape, generator=g, dtype=torch.float32, device="cpu") for g in each])
+
+
+def draw_uniforms(generator: Generators, batch: int, length: int) -> Tensor:
+    """fp32 [B,L] in [0, 1) on the CPU, drawn sample by sample."""
+    each = per_sample_generators(generator, batch)
+    return torch.stack([torch.rand(length, generator=g, dtype=torch.float32, device="cpu") for g in each])
 
 
 class StepGenerator(torch.Generator):

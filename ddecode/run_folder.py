@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ddecode.arguments import shown
 from ddecode.checkpoint import save_tensors
 from ddecode.files import opened_aside, rename, write_aside
-from ddecode.processes import rank
+from ddecode.processes import meet, rank
 from ddecode.sharding import dealt, dealt_moments, kept, kept_moments
 
 SUMS = "SHA256SUMS"
@@ -39,6 +39,15 @@ def check_new(run: Path, stages: Iterable[str] = ("",), *, resume: bool) -> None
         raise ValueError(f"{run} holds a run already; add --resume to go on with it, or choose another --out")
 
 
+def found_checkpoint(run: Path) -> "Checkpoint":
+    """A run's, back in its place for all processes where a kill fell between two renames."""
+    checkpoint = Checkpoint(run)
+    if rank() == 0:
+        checkpoint.restore()
+    meet()
+    return checkpoint
+
+
 class Checkpoint:
     """The state of a run: `RUN/checkpoint`, replaced as a whole, and `RUN/checkpoint.old`, the one before it.
 
@@ -52,14 +61,14 @@ class Checkpoint:
     def exists(self) -> bool:
         return self.folder.exists()
 
-    def identity(self) -> dict[str, Any]:
-        """What the run is made of.
+    def state(self) -> dict[str, Any]:
+        """The `step`, and the `identity`: what the run is made of.
 
         Raises:
             ValueError: the file is missing or damaged.
         """
-        identity: dict[str, Any] = json.loads(self.checked(STATE).read_text())["identity"]
-        return identity
+        state: dict[str, Any] = json.loads(self.checked(STATE).read_text())
+        return state
 
     def save(self, step: int, identity: Mapping[str, Any], networks: Mapping[str, nn.Module], optimizer: Any) -> None:
         """Write all; `networks` by the names of their files. All processes must call it, as they may have a part each
@@ -115,7 +124,7 @@ class Checkpoint:
         Raises:
             ValueError: the run was made with another config, or a file is missing or damaged; nothing is filled then.
         """
-        state = json.loads(self.checked(STATE).read_text())
+        state = self.state()
         if other := differences(state["identity"], json.loads(json.dumps(identity))):
             facts = ", ".join(other)
             raise ValueError(f"{self.folder.parent} was begun with another config: {facts}; choose another --out")

@@ -5,7 +5,7 @@ B batch, L token positions, N tokens of one step, V codes, C code width; see `dd
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ddecode.arguments import check_finite, check_ids, check_kind, check_labels, check_logits, check_whole, shown
+from ddecode.randomness import draw_uniforms
 from ddecode.types import Backbone, Condition, Generators, Labels, Tokenizer
 
 Pick = Callable[[Tensor, int], Tensor]
@@ -89,34 +90,6 @@ def largest(values: Tensor, k: int, *, ordered: bool) -> Tensor:
     rows = values.numpy()
     top = np.partition(rows, -k, -1)[..., -k:] if k < rows.shape[-1] else rows
     return torch.from_numpy(np.sort(top, -1)).flip(-1) if ordered else torch.from_numpy(top)
-
-
-def per_sample_generators(generator: Generators, batch: int) -> list[torch.Generator]:
-    """One generator for each sample: a list is taken as it is, a single one (None: torch's own) serves them in turn.
-
-    Raises:
-        ValueError: a list of another length, of something else, or of another device than the CPU.
-    """
-    one = torch.default_generator if generator is None else generator
-    each = list(one) if isinstance(one, Sequence) else [one] * batch
-    if not all(isinstance(g, torch.Generator) for g in each):
-        raise ValueError("generator must be one torch.Generator, a list of them, or None")
-    if not all(g.device.type == "cpu" for g in each):
-        raise ValueError("noise is drawn on the CPU, the same for all devices: give torch.Generator() without a device")
-    if len(each) != batch:
-        raise ValueError(f"{len(each)} generators for {batch} samples: give one, or one each")
-    return each
-
-
-def draw_noise(generator: Generators, batch: int, shape: tuple[int, int]) -> Tensor:
-    """Standard normal fp32 [B,L,C] on the CPU, drawn sample by sample: that of image i never depends on the batch."""
-    each = per_sample_generators(generator, batch)
-    return torch.stack([torch.randn(shape, generator=g, dtype=torch.float32, device="cpu") for g in each])
-
-
-def draw_uniforms(generators: Sequence[torch.Generator], length: int) -> Tensor:
-    """fp32 [B,L] in [0, 1) on the CPU."""
-    return torch.stack([torch.rand(length, generator=g, dtype=torch.float32, device="cpu") for g in generators])
 
 
 def inverse_cdf(uniforms_BL: Tensor) -> Pick:
@@ -294,8 +267,7 @@ class Teacher:
         recipe = Recipe(guidance_scale=guidance_scale, top_k=top_k, top_p=top_p)
         if top_k == 1:
             return self.walk(labels, argmax, recipe, temperature=temperature)
-        generators = per_sample_generators(generator, batch_size(labels))
-        uniforms_BL = torch.stack([torch.rand(self.length, generator=g) for g in generators])
+        uniforms_BL = draw_uniforms(generator, batch_size(labels), self.length)
         return self.walk(labels, inverse_cdf(uniforms_BL), recipe, temperature=temperature)
 
     @torch.no_grad()

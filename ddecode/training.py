@@ -28,7 +28,7 @@ from ddecode.config import decisive
 from ddecode.processes import launch, rank, world
 from ddecode.randomness import StepGenerator, derived_seed
 from ddecode.reporters import opened_reports
-from ddecode.run_folder import Checkpoint, Log, check_new
+from ddecode.run_folder import Log, check_new, found_checkpoint
 from ddecode.sharding import Sharded, fsdp_options, whole
 from ddecode.training_config import TrainingConfig
 
@@ -147,10 +147,7 @@ def train(
     run = as_path("a run's folder", run)
     accelerator = make_accelerator(config)
     main = accelerator.is_main_process
-    checkpoint = Checkpoint(run)
-    if main:
-        checkpoint.restore()
-    accelerator.wait_for_everyone()
+    checkpoint = found_checkpoint(run)
     check_new(run, resume=resume)
     run.mkdir(parents=True, exist_ok=True)
     identity = decisive(identity) | told(accelerator)

@@ -19,14 +19,7 @@ from table_teacher import (
     table_teacher,
     total_variation,
 )  # fmt: skip
-from tiny import (
-    make_scale_teacher,
-    make_student,
-    make_teacher,
-    make_var_teacher,
-    scramble,
-    seeded,
-)
+from tiny import make_scale_teacher, make_student, make_teacher, make_var_teacher, scramble, seeded
 from torch import Tensor, nn
 
 from ddecode.codebook import nearest_code

@@ -11,16 +11,15 @@ from scipy.stats import chisquare
 from tiny import L, make_scale_teacher, make_teacher, make_var_teacher, seeded
 from torch import Tensor
 
+from ddecode.randomness import draw_noise, per_sample_generators
 from ddecode.teacher import (
     Pick,
     Recipe,
     Teacher,
     argmax,
-    draw_noise,
     filter_log_probs,
     inverse_cdf,
     largest,
-    per_sample_generators,
 )
 
 KINDS = pytest.mark.parametrize("kind", ["teacher", "scale_teacher"])

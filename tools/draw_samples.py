@@ -14,8 +14,7 @@ from PIL import Image, ImageDraw
 from ddecode import DistilledPipeline
 from ddecode.files import write_aside
 from ddecode.images import grid, png, to_uint8
-from ddecode.randomness import sample_generators
-from ddecode.teacher import draw_noise
+from ddecode.randomness import draw_noise, sample_generators
 from ddecode.trajectory import resolve
 
 COLUMNS, ROWS, SCALE, MARGIN = 20, 2, 2, 118

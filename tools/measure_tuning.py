@@ -23,8 +23,8 @@ from ddecode.images import to_uint8
 from ddecode.objectives.guidance import ARDiffusion
 from ddecode.objectives.tuning import TuningObjective
 from ddecode.pairs import Pairs
-from ddecode.randomness import fresh_weights, sample_generators
-from ddecode.teacher import Teacher, draw_noise
+from ddecode.randomness import draw_noise, fresh_weights, sample_generators
+from ddecode.teacher import Teacher
 from ddecode.training import train
 from ddecode.training_config import TrainingConfig
 

@@ -1,6 +1,7 @@
 """`ddecode eval`: judge a model, or images that are there already, by a named protocol."""
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -67,12 +68,14 @@ def run(args: argparse.Namespace) -> None:
     if args.json is not None:
         check_writable(args.json, "--json")
     launch()
+    recorded = args.json is not None and rank() == 0 and not is_image_set(Path(args.model))
+    model_hash = ModelFolder.open(args.model).model_hash() if recorded else None
     with kept_beside(args.json) as blocks:
         result = (judge_zoo if args.protocol == "zoo" else judge_fidelity)(args, blocks)
         if rank() == 0:
             print(zoo.table(result) if isinstance(result, zoo.ZooResult) else protocols.table(result))
             if args.json:
-                write_aside(args.json, (as_json(result) + "\n").encode())
+                write_aside(args.json, (as_json(replace(result, model_hash=model_hash)) + "\n").encode())
 
 
 def judge_zoo(args: argparse.Namespace, blocks: Blocks) -> zoo.ZooResult:
@@ -86,7 +89,7 @@ def judge_zoo(args: argparse.Namespace, blocks: Blocks) -> zoo.ZooResult:
     num = args.num or zoo.NUM
     return zoo.evaluate(
         pipe, plans, judge, model=model_name(args.model), num=num, seed=args.seed or 0, batch=args.batch or zoo.BATCH,
-        model_hash=folder.model_hash(), blocks=blocks,
+        blocks=blocks,
     )  # fmt: skip
 
 
@@ -103,13 +106,12 @@ def judge_fidelity(args: argparse.Namespace, blocks: Blocks) -> protocols.Fideli
         protocols.check_images(images, PROTOCOLS[args.protocol], num)
         batch = args.batch or protocols.BATCH
         return protocols.evaluate_images(images, open_inspector(args), num=num, batch=batch, blocks=blocks)
-    folder = ModelFolder.open(args.model)
     pipe, plans = open_plans(args)
     protocols.check_num(num, pipe.num_classes, PROTOCOLS[args.protocol])
     inspector = open_inspector(args)
     return protocols.evaluate(
         pipe, plans, inspector, model=model_name(args.model), num=num, seed=args.seed or 0,
-        batch=args.batch or protocols.BATCH, model_hash=folder.model_hash(), blocks=blocks,
+        batch=args.batch or protocols.BATCH, blocks=blocks,
     )  # fmt: skip
 
 

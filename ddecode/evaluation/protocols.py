@@ -104,7 +104,6 @@ class Inspector:
         seed: int | None,
         labels: str,
         rounding: str,
-        model_hash: str | None = None,
     ) -> FidelityResult:
         """The record."""
         return FidelityResult(
@@ -117,7 +116,6 @@ class Inspector:
             feature_hash=self.extractor.hash,
             reference_hash=self.reference.hash,
             versions=versions_of("torch", "numpy", "torch-fidelity"),
-            model_hash=model_hash,
             rows=tuple(rows),
         )
 
@@ -131,7 +129,6 @@ def evaluate(
     num: int = NUM,
     seed: int = 0,
     batch: int = BATCH,
-    model_hash: str | None = None,
     blocks: Blocks = NOT_KEPT,
     show_progress: bool = True,
 ) -> FidelityResult:
@@ -144,7 +141,6 @@ def evaluate(
         model: its name, for the record.
         num: images of each plan.
         seed: of all plans alike.
-        model_hash: see `ddecode.checkpoint.ModelFolder.model_hash`, for the record.
         blocks: what is kept of an evaluation that was stopped.
 
     Raises:
@@ -179,9 +175,7 @@ def evaluate(
 
     rows = [row(name, plan) for name, plan in plans.items()]
     labels = label_balance(labelling, labels_N)
-    return inspector.result(
-        rows, model=model, num=num, seed=seed, labels=labels, rounding=ROUNDING, model_hash=model_hash
-    )
+    return inspector.result(rows, model=model, num=num, seed=seed, labels=labels, rounding=ROUNDING)
 
 
 def check_num(num: int, num_classes: int, protocol: Protocol) -> None:

@@ -165,7 +165,6 @@ def evaluate(
     num: int,
     seed: int = 0,
     batch: int = BATCH,
-    model_hash: str | None = None,
     blocks: Blocks = NOT_KEPT,
     show_progress: bool = True,
 ) -> ZooResult:
@@ -178,7 +177,6 @@ def evaluate(
         model: its name, for the record.
         num: samples of each set; at least 2 for each class.
         seed: the teacher's sets and the plans' never share noise.
-        model_hash: see `ddecode.checkpoint.ModelFolder.model_hash`, for the record.
         blocks: what is kept of an evaluation that was stopped.
 
     Raises:
@@ -278,7 +276,6 @@ def evaluate(
         feature_hash=judge.hash,
         reference_hash=judge.hash,
         versions=versions_of("torch", "numpy"),
-        model_hash=model_hash,
         rows=tuple(rows),
     )
 

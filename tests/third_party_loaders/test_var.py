@@ -15,9 +15,10 @@ from torch.nn import functional as F
 
 from ddecode.codebook import nearest_code
 from ddecode.plan import parse_plan
+from ddecode.randomness import draw_noise
 from ddecode.sampling import execute
 from ddecode.student import Student
-from ddecode.teacher import Recipe, Teacher, draw_noise, inverse_cdf
+from ddecode.teacher import Recipe, Teacher, inverse_cdf
 from third_party_loaders import load_dd1_student, load_var
 from third_party_loaders.adapter import own_student_state, upstream_student_state
 from third_party_loaders.state import meta_module

@@ -11,8 +11,9 @@ from tiny import VAR_SCALES, make_var_student, make_var_teacher, seeded
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ddecode.randomness import draw_noise
 from ddecode.student import Student
-from ddecode.teacher import Recipe, Teacher, draw_noise, inverse_cdf
+from ddecode.teacher import Recipe, Teacher, inverse_cdf
 
 L, C, V, D = 14, 8, 32, 16
 SCALE = torch.tensor([k for k, side in enumerate(VAR_SCALES) for _ in range(side * side)])
